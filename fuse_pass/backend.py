@@ -1,0 +1,162 @@
+"""`torch.compile(model, backend=fuse_backend)`: copy the graph, apply the patterns, verify, hand over to Inductor."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.backends.registry import register_backend
+from torch.fx import Graph, GraphModule
+
+import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
+from fuse_pass.graph.edit import copy_graph_module, require_same_outputs
+from fuse_pass.inductor import compat
+from fuse_pass.inductor.cache_key import cache_key
+from fuse_pass.inductor.partition import RecomputeTags
+from fuse_pass.patterns import PATTERNS, Situation, apply
+from fuse_pass.report import Report, publish
+
+_PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
+
+# Higher-order ops whose bodies are ordinary graphs, and in which a seed is drawn once and kept for backward.
+_OPEN_BODIES = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
+
+
+class FuseBackend:
+    """A configured backend for `torch.compile`.
+
+    Two backends with the same configuration are equal, so that models share compiled code.
+
+    Args:
+        patterns: names of the patterns to apply, in any order; None for all.
+        strict: raise where a pass fails, instead of warning and compiling the untouched graph.
+
+    Raises:
+        ValueError: an unknown pattern name.
+        TypeError: `patterns` is not a collection of names, or `strict` is not a bool.
+    """
+
+    def __init__(self, patterns: Iterable[str] | None = None, *, strict: bool = False) -> None:
+        if isinstance(patterns, str):
+            raise TypeError(
+                f"patterns: expected a collection of names such as [{patterns!r}], got the string {patterns!r}"
+            )
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict: expected a bool, got {strict!r}")
+        names = tuple(_PATTERNS_BY_NAME) if patterns is None else tuple(patterns)
+        for name in names:
+            if name not in _PATTERNS_BY_NAME:
+                raise ValueError(f"unknown pattern {name!r}; valid names are {', '.join(_PATTERNS_BY_NAME)}")
+        self.patterns = tuple(name for name in _PATTERNS_BY_NAME if name in names)
+        self.strict = strict
+        self.__name__ = "fuse_pass"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The configuration as keyword arguments."""
+        return {"patterns": self.patterns, "strict": self.strict}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FuseBackend) and self.options == other.options
+
+    def __hash__(self) -> int:
+        return hash((FuseBackend, *self.options.values()))
+
+    def __repr__(self) -> str:
+        return f"FuseBackend(patterns={list(self.patterns)}, strict={self.strict})"
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compiles a Dynamo graph. `options` may mix Inductor's options with ours (`patterns`, `strict`)."""
+        own, inductor_options = split_options(options or {})
+        configured = FuseBackend(**{**self.options, **own})
+        fused, report = configured.rewrite(
+            gm, own_random_numbers=not compat.draws_stock_random_numbers(inductor_options)
+        )
+        publish(report)
+        compiler = compat.inductor_compiler(mode, inductor_options)
+        if report.matches:
+            inner = compat.joint_passes(inductor_options)
+            compiler.config["joint_custom_post_pass"] = RecomputeTags(cache_key(configured.options), inner)
+        return compiler(fused, example_inputs)  # type: ignore[no-any-return]
+
+    def rewrite(self, gm: GraphModule, *, own_random_numbers: bool = True) -> tuple[GraphModule, Report]:
+        """Applies the patterns to a copy of a Dynamo graph, sub-graphs included.
+
+        Returns the copy and the report, or `gm` itself where nothing matched or a pass failed.
+        """
+        report = Report(graphs=1)
+        fused = copy_graph_module(gm)
+        for name in self.patterns:
+            try:
+                for graph, body_of in _graphs(fused):
+                    situation = Situation(own_random_numbers, body_of)
+                    report.extend(apply(_PATTERNS_BY_NAME[name], graph, situation))
+                require_same_outputs(gm, fused)
+            except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
+                if self.strict:
+                    raise
+                warnings.warn(
+                    f"fuse_pass: pattern {name} failed ({type(error).__name__}: {error}); "
+                    "this graph is compiled without fusions. FuseBackend(strict=True) raises instead",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return gm, Report(graphs=1)
+        if not report.matches:
+            return gm, report
+        for module in fused.modules():
+            if isinstance(module, GraphModule):
+                module.recompile()
+        return fused, report
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separates our options from Inductor's; an option that neither knows raises ValueError."""
+    ours = [name for name in inspect.signature(FuseBackend).parameters]
+    own = {name: value for name, value in options.items() if name in ours}
+    rest = {name: value for name, value in options.items() if name not in ours}
+    for name in rest:
+        if not compat.is_inductor_option(name):
+            raise ValueError(
+                f"unknown option {name!r}: fuse_pass knows {', '.join(ours)}; "
+                "Inductor's options are listed by torch._inductor.list_options()"
+            )
+    return own, rest
+
+
+def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None]]:
+    """Every graph of a module, the bodies of higher-order ops first, with the op that keeps us from touching it."""
+    yield from _bodies(module, None)
+    yield module.graph, None
+
+
+def _bodies(module: GraphModule, blocked_by: str | None) -> Iterator[tuple[Graph, str | None]]:
+    callers: dict[str, str | None] = {}
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            name = node.target.name()
+            is_open = (
+                name in _OPEN_BODIES and "context_fn" not in node.kwargs and "_checkpoint_context_fn" not in node.meta
+            )
+            for argument in node.all_input_nodes:
+                if argument.op == "get_attr":
+                    callers[str(argument.target)] = callers.get(str(argument.target)) or (None if is_open else name)
+    for name, child in module.named_children():
+        if isinstance(child, GraphModule):
+            reason = blocked_by or callers.get(name)
+            yield from _bodies(child, reason)
+            yield child.graph, reason
+
+
+fuse_backend = FuseBackend()
+register_backend(fuse_backend, name="fuse_pass_backend")

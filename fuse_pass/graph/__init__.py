@@ -1,0 +1,1 @@
+"""Reading and writing Dynamo graphs; knows no pattern."""

@@ -1,0 +1,222 @@
+"""Every spelling of an operation → one canonical operation with named arguments.
+
+`x + y`, `torch.add(x, other=y)`, `x.add(y)` and `x += y` are four different nodes in a Dynamo graph; here all are `add` with
+`input`, `other` and `alpha`. A new spelling is one more target in the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Op:
+    """A canonical operation.
+
+    Attributes:
+        kind: its name in the table.
+        node: the graph node.
+        arguments: every argument by its canonical name, defaults filled in.
+        in_place: whether the node writes its result into its first argument.
+    """
+
+    kind: str
+    node: Node
+    arguments: Mapping[str, Any]
+    in_place: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+
+# (kind, its parameters as a signature, the targets that spell it; a string is a tensor method)
+_Row = tuple[str, Callable[..., None], tuple[Any, ...]]
+
+
+def _unary(input: Any) -> None: ...
+def _unary_in_place_option(input: Any, inplace: Any = False) -> None: ...
+def _binary(input: Any, other: Any) -> None: ...
+def _scaled_binary(input: Any, other: Any, alpha: Any = 1) -> None: ...
+def _linear(input: Any, weight: Any, bias: Any = None) -> None: ...
+def _addmm(input: Any, mat1: Any, mat2: Any, beta: Any = 1, alpha: Any = 1) -> None: ...
+def _div(input: Any, other: Any, rounding_mode: Any = None) -> None: ...
+def _pow(input: Any, exponent: Any) -> None: ...
+def _softplus(input: Any, beta: Any = 1, threshold: Any = 20) -> None: ...
+def _gelu(input: Any, approximate: Any = "none") -> None: ...
+def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> None: ...
+def _elu(input: Any, alpha: Any = 1.0, inplace: Any = False) -> None: ...
+def _prelu(input: Any, weight: Any) -> None: ...
+def _dropout_function(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None: ...
+def _dropout(input: Any, p: Any, train: Any) -> None: ...
+def _layer_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enable: Any = True
+) -> None: ...
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None: ...
+def _transpose(input: Any, dim0: Any, dim1: Any) -> None: ...
+def _variadic(input: Any, *arguments: Any, **options: Any) -> None: ...
+
+
+_TABLE: tuple[_Row, ...] = (
+    ("linear", _linear, (F.linear, aten.linear.default)),
+    ("addmm", _addmm, (torch.addmm, "addmm", aten.addmm.default)),
+    (
+        "matmul",
+        _binary,
+        (operator.matmul, torch.matmul, "matmul", torch.mm, "mm", aten.matmul.default, aten.mm.default, "__matmul__"),
+    ),
+    ("matrix_transpose", _unary, (torch.t, "t", aten.t.default)),
+    ("transpose", _transpose, (torch.transpose, "transpose", torch.swapaxes, "swapaxes", aten.transpose.int)),
+    ("permute", _variadic, (torch.permute, "permute", aten.permute.default)),
+    ("getattr", _binary, (getattr,)),
+    ("getitem", _binary, (operator.getitem,)),
+    (
+        "reshape",
+        _variadic,
+        (
+            "view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "contiguous",
+            "view_as",
+            "reshape_as",
+            torch.reshape,
+            torch.flatten,
+            torch.unflatten,
+            torch.squeeze,
+            torch.unsqueeze,
+            aten.view.default,
+            aten.reshape.default,
+            aten.unsqueeze.default,
+            aten.contiguous.default,
+        ),
+    ),
+    ("cast", _variadic, ("to", "type", "type_as", "float", "half", "bfloat16", "double", aten.to.dtype)),
+    ("dropout", _dropout_function, (F.dropout,)),
+    ("dropout", _dropout, (torch.dropout, aten.dropout.default)),
+    ("layer_norm", _layer_norm, (F.layer_norm, torch.layer_norm, aten.layer_norm.default)),
+    ("rms_norm", _rms_norm, (F.rms_norm, torch.rms_norm, aten.rms_norm.default)),
+    # arithmetic
+    ("add", _scaled_binary, (operator.add, torch.add, "add", "__add__", aten.add.Tensor, aten.add.Scalar)),
+    ("sub", _scaled_binary, (operator.sub, torch.sub, "sub", aten.sub.Tensor, aten.sub.Scalar)),
+    ("mul", _binary, (operator.mul, torch.mul, "mul", torch.multiply, "multiply", aten.mul.Tensor, aten.mul.Scalar)),
+    ("div", _div, (operator.truediv, torch.div, "div", torch.true_divide, "divide", aten.div.Tensor, aten.div.Scalar)),
+    ("neg", _unary, (operator.neg, torch.neg, "neg", aten.neg.default)),
+    ("pow", _pow, (operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar)),
+    ("square", _unary, (torch.square, "square")),
+    ("reciprocal", _unary, (torch.reciprocal, "reciprocal", aten.reciprocal.default)),
+    ("tanh", _unary, (torch.tanh, "tanh", F.tanh, aten.tanh.default)),
+    ("erf", _unary, (torch.erf, "erf", torch.special.erf, aten.erf.default)),
+    ("sigmoid", _unary, (torch.sigmoid, "sigmoid", F.sigmoid, torch.special.expit, aten.sigmoid.default)),
+    ("exp", _unary, (torch.exp, "exp", aten.exp.default)),
+    ("log", _unary, (torch.log, "log", aten.log.default)),
+    ("log1p", _unary, (torch.log1p, "log1p", torch.special.log1p, aten.log1p.default)),
+    ("softplus", _softplus, (F.softplus, aten.softplus.default)),
+    # activations
+    ("gelu", _gelu, (F.gelu, aten.gelu.default)),
+    ("relu", _unary_in_place_option, (F.relu, torch.relu, "relu", aten.relu.default)),
+    ("leaky_relu", _leaky_relu, (F.leaky_relu, aten.leaky_relu.default)),
+    ("prelu", _prelu, (F.prelu, torch.prelu, "prelu")),
+    ("elu", _elu, (F.elu,)),
+    ("selu", _unary_in_place_option, (F.selu, torch.selu, aten.selu.default)),
+    ("silu", _unary_in_place_option, (F.silu, aten.silu.default)),
+    ("mish", _unary_in_place_option, (F.mish, aten.mish.default)),
+)
+
+# Spellings that write into their first argument, by the spelling that does not.
+_IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    torch.selu_: torch.selu,
+    torch.dropout_: torch.dropout,
+    F.relu_: F.relu,
+    F.leaky_relu_: F.leaky_relu,
+    F.elu_: F.elu,
+    F.selu_: F.selu,
+    **{
+        f"{name}_": name for name in ("add", "sub", "mul", "div", "neg", "pow", "tanh", "sigmoid", "exp", "relu", "erf")
+    },
+}
+
+# Other names for canonical parameters: aten's and some Python signatures'.
+_ALIASES = {"self": "input", "tensor": "input", "x": "input", "negval": "negative_slope", "train": "training"}
+
+
+@functools.cache
+def _targets() -> dict[Any, tuple[str, inspect.Signature]]:
+    table = {}
+    for kind, parameters, targets in _TABLE:
+        signature = inspect.signature(parameters)
+        for target in targets:
+            table[target] = (kind, signature)
+    return table
+
+
+def canonical(node: Node) -> Op | None:
+    """The canonical operation of a node, or None where the table has no such spelling or the arguments do not fit it."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    target, in_place = node.target, False
+    try:
+        if target in _IN_PLACE:
+            target, in_place = _IN_PLACE[target], True
+        row = _targets().get(target)
+    except TypeError:  # an unhashable callable is nobody's spelling
+        return None
+    if row is None:
+        return None
+    kind, signature = row
+    options = {name: value for name, value in node.kwargs.items() if name != "out" or value is not None}
+    if "out" in options:
+        return None
+    try:
+        bound = signature.bind(*node.args, **{_name(signature, name): value for name, value in options.items()})
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    arguments = {_ALIASES.get(name, name): value for name, value in bound.arguments.items()}
+    return Op(kind, node, arguments, in_place or bool(arguments.get("inplace", False)))
+
+
+def _name(signature: inspect.Signature, name: str) -> str:
+    return name if name in signature.parameters else _ALIASES.get(name, name)
+
+
+def is_weight_transpose(op: Op | None) -> bool:
+    """Whether the operation swaps the two dimensions of a matrix: `W.t()`, `W.T`, `W.mT`, `W.transpose(0, 1)`, …"""
+    if op is None:
+        return False
+    value = op["input"].meta.get("example_value") if isinstance(op["input"], Node) else None
+    if not isinstance(value, torch.Tensor) or value.dim() != 2:
+        return False
+    if op.kind == "matrix_transpose":
+        return True
+    if op.kind == "getattr":
+        return op["other"] in ("T", "mT")
+    if op.kind == "transpose":
+        return {op["dim0"] % 2, op["dim1"] % 2} == {0, 1} if _are_ints(op["dim0"], op["dim1"]) else False
+    if op.kind == "permute":
+        dims = op["arguments"]
+        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        return len(dims) == 2 and _are_ints(*dims) and [d % 2 for d in dims] == [1, 0]
+    return False
+
+
+def _are_ints(*values: Any) -> bool:
+    return all(isinstance(value, int) for value in values)

@@ -1,0 +1,155 @@
+"""Writing Dynamo graphs: copy, insert, replace, verify. A replacement whose metadata differs is an error, never a warning."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fuse_pass.graph.shapes import same_shape, value_of
+from fuse_pass.graph.view import GraphView
+
+
+class RewriteError(RuntimeError):
+    """A replacement would have changed what the graph computes; the rewrite is undone."""
+
+
+def copy_graph_module(module: GraphModule) -> GraphModule:
+    """A copy that can be rewritten, sub-graphs included; parameters and everything that Dynamo noted are shared.
+
+    AOTAutograd needs `_param_name_to_source` and each placeholder's `_dynamo_source` for its cache and its guards.
+    """
+    graph = Graph()
+    twins: dict[Node, Node] = {}
+    output = graph.graph_copy(module.graph, twins)
+    new_output = graph.output(output)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            new_output.meta = dict(node.meta)
+    copy = GraphModule(module, graph)
+    copy.meta.update(module.meta)
+    for name in ("_param_name_to_source",):
+        if hasattr(module, name):
+            setattr(copy, name, getattr(module, name))
+    for original, twin in twins.items():
+        if hasattr(original, "_dynamo_source"):
+            twin._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    for name, child in module.named_children():
+        if isinstance(child, GraphModule) and hasattr(copy, name):
+            setattr(copy, name, copy_graph_module(child))
+    return copy
+
+
+class Editor:
+    """Replaces groups of nodes of one graph by calls of our ops, with the metadata that AOTAutograd's cache needs."""
+
+    def __init__(self, view: GraphView) -> None:
+        self._view = view
+        self._graph = view.graph
+        self._replaced: dict[Node, Node] = {}
+
+    def current(self, node: Any) -> Any:
+        """What stands for a node of the view now (an earlier replacement may have taken its place)."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    @contextlib.contextmanager
+    def at(self, outputs: Sequence[Node], group: Iterable[Node]) -> Iterator[None]:
+        """Inserts before the first outside reader of any output, at the latest where the group ends."""
+        members = set(group)
+        position = self._view.position
+        last = max(members, key=position.__getitem__)
+        readers = [user for node in outputs for user in node.users if user not in members and user in position]
+        point = min([last, *readers], key=position.__getitem__)
+        self._like = last
+        with self._graph.inserting_before(point):
+            yield
+
+    def call(self, target: Callable[..., Any] | str, *arguments: Any) -> Node:
+        """Adds a call (of a function, or of a method if `target` is a name) and computes its fake value."""
+        arguments = map_arg(arguments, self.current)
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self._graph.create_node(kind, target, arguments)
+        node.meta.update({key: self._like.meta[key] for key in _PROVENANCE if key in self._like.meta})
+        node.meta["example_value"] = self._fake_result(target, arguments)
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        """`node[index]` of a call that returns several tensors."""
+        return self.call(operator.getitem, node, index)
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Lets every reader of `old` read `new`, after comparing what is known about the two values."""
+        require_same_value(old, new)
+        # The original's fake value carries requires_grad as Dynamo saw it.
+        new.meta["example_value"] = old.meta["example_value"]
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
+
+    def erase(self, group: Iterable[Node]) -> None:
+        """Removes replaced nodes, and weight transposes that only they have read."""
+        for node in sorted(group, key=self._view.position.__getitem__, reverse=True):
+            sources = node.all_input_nodes
+            self._graph.erase_node(node)
+            for source in sources:
+                if not source.users and self._view.kind(source) in (
+                    "matrix_transpose",
+                    "transpose",
+                    "permute",
+                    "getattr",
+                ):
+                    self._graph.erase_node(source)
+
+    def _fake_result(self, target: Callable[..., Any] | str, arguments: tuple[Any, ...]) -> Any:
+        values = map_arg(arguments, lambda node: node.meta["example_value"])
+        with contextlib.ExitStack() as stack:
+            # The mode of the neighbours: the one that is active while a backend runs is another and must not be mixed in.
+            like = value_of(self._like)
+            if isinstance(like, FakeTensor):
+                stack.enter_context(like.fake_mode)
+            stack.enter_context(torch.no_grad())
+            for device_type, dtype, enabled, cache in self._view.autocast_stack(self._like):
+                stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+            if isinstance(target, str):
+                return getattr(values[0], target)(*values[1:])
+            return target(*values)
+
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
+
+
+def require_same_value(old: Node, new: Node) -> None:
+    """Raises RewriteError unless shape, dtype, strides, device and layout of two nodes' values agree."""
+    a, b = value_of(old), value_of(new)
+    if a is None or b is None:
+        raise RewriteError(f"{old.name} → {new.name}: expected two tensors, got {a!r} and {b!r}")
+    for what, x, y in (("dtype", a.dtype, b.dtype), ("device", a.device, b.device), ("layout", a.layout, b.layout)):
+        if x != y:
+            raise RewriteError(f"{old.name} → {new.name}: expected {what} {x}, got {y}")
+    for what, x, y in (("shape", a.shape, b.shape), ("strides", a.stride(), b.stride())):
+        if not same_shape(x, y):
+            raise RewriteError(f"{old.name} → {new.name}: expected {what} {tuple(x)}, got {tuple(y)}")
+
+
+def require_same_outputs(before: GraphModule, after: GraphModule) -> None:
+    """Lints the rewritten graph and compares the fake metadata of its outputs with the original's."""
+    after.graph.lint()
+    old, new = _outputs(before), _outputs(after)
+    if len(old) != len(new):
+        raise RewriteError(f"expected {len(old)} outputs, got {len(new)}")
+    for a, b in zip(old, new, strict=True):
+        if value_of(a) is not None or value_of(b) is not None:
+            require_same_value(a, b)
+            if value_of(a).requires_grad != value_of(b).requires_grad:  # type: ignore[union-attr]
+                raise RewriteError(f"output {a.name} → {b.name}: requires_grad differs")
+
+
+def _outputs(module: GraphModule) -> list[Node]:
+    return module.graph.find_nodes(op="output")[0].all_input_nodes

@@ -1,0 +1,111 @@
+"""When a group of nodes may be replaced by one: the questions that do not depend on the pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fuse_pass.graph.shapes import is_plain, value_of
+from fuse_pass.graph.view import GraphView
+from fuse_pass.report import Reason
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a candidate cannot be replaced: a named reason, the case in a sentence, the node to blame."""
+
+    reason: Reason
+    detail: str
+    node: Node
+
+
+def find_problem(
+    view: GraphView, nodes: Iterable[Node], outputs: Sequence[Node], inputs: Iterable[Node]
+) -> Problem | None:
+    """The first thing that forbids replacing `nodes` by one operation on `inputs` that yields `outputs`.
+
+    Args:
+        view: the graph.
+        nodes: every node that would vanish.
+        outputs: those of them whose values the replacement provides again.
+        inputs: tensors that the replacement reads.
+    """
+    group = sorted(nodes, key=view.position.__getitem__)
+    tensors = [*inputs]
+    return (
+        _second_reader(group, outputs)
+        or _circular(group, tensors)
+        or _crossing(view, group)
+        or _tensor_kind([*tensors, *group])
+        or _devices(tensors)
+        or _functorch(view, group)
+        or _order(view, group, outputs, tensors)
+    )
+
+
+def _second_reader(group: list[Node], outputs: Sequence[Node]) -> Problem | None:
+    members = set(group)
+    for node in group:
+        if node in outputs:
+            continue
+        for user in node.users:
+            if user not in members:
+                reader = "is an output of the graph" if user.op == "output" else f"is also read by {user.name}"
+                return Problem(Reason.SECOND_READER, f"{node.name} {reader}", node)
+    return None
+
+
+def _circular(group: list[Node], tensors: list[Node]) -> Problem | None:
+    for node in tensors:
+        if node in group:
+            return Problem(Reason.SECOND_READER, f"{node.name} is read twice by what would be fused", node)
+    return None
+
+
+def _crossing(view: GraphView, group: list[Node]) -> Problem | None:
+    members = set(group)
+    for node, reason in view.barriers_between(group[0], group[-1]):
+        if node not in members:
+            return Problem(reason, f"{node.name} lies between {group[0].name} and {group[-1].name}", node)
+    return None
+
+
+def _tensor_kind(tensors: list[Node]) -> Problem | None:
+    for node in tensors:
+        value = value_of(node)
+        if value is None:
+            return Problem(Reason.SUBCLASS, f"{node.name} is not a tensor that Dynamo knows the shape of", node)
+        if not is_plain(value):
+            return Problem(Reason.SUBCLASS, f"{node.name} is a {type(value).__name__} of layout {value.layout}", node)
+        if not value.is_floating_point():
+            return Problem(Reason.DTYPES, f"{node.name} is {value.dtype}, expected a floating-point tensor", node)
+    return None
+
+
+def _devices(tensors: list[Node]) -> Problem | None:
+    devices = {node: value.device for node in tensors if (value := value_of(node)) is not None}
+    first = next(iter(devices.values()), None)
+    for node, device in devices.items():
+        if device != first:
+            return Problem(Reason.DEVICES, f"{node.name} is on {device}, the other tensors are on {first}", node)
+    return None
+
+
+def _functorch(view: GraphView, group: list[Node]) -> Problem | None:
+    if view.is_in_functorch(group[0]):
+        return Problem(Reason.FUNCTORCH, f"{group[0].name} is batched or differentiated by torch.func", group[0])
+    return None
+
+
+def _order(view: GraphView, group: list[Node], outputs: Sequence[Node], inputs: list[Node]) -> Problem | None:
+    """An extra output may be read before the last node of the group; everything must be known by then."""
+    position = view.position
+    first_reader = min(
+        (position[user] for node in outputs for user in node.users if user not in set(group)), default=None
+    )
+    for node in inputs:
+        if first_reader is not None and position[node] >= first_reader:
+            return Problem(Reason.ORDER, f"{node.name} is computed after an output of the group is already read", node)
+    return None

@@ -1,0 +1,44 @@
+"""Questions about fake tensors that never add a guard, so that asking cannot cause a recompilation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def value_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor that Dynamo recorded for a node; None for sizes, tuples and constants."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """A strided tensor (or Parameter) of the ordinary class: no subclass, no functorch wrapper, not sparse."""
+    return (
+        isinstance(value, FakeTensor)
+        and type(value) in (FakeTensor, torch.nn.Parameter)
+        and (value.layout is torch.strided and not value.is_nested)
+    )
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input that the graph is valid for."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def keeps_rows(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
+    """Whether a reshape leaves every row (last dimension) as it was."""
+    if before is None or after is None or before.dim() == 0 or after.dim() == 0:
+        return False
+    return same_size(before.shape[-1], after.shape[-1])

@@ -1,0 +1,277 @@
+"""A Dynamo graph as the matcher reads it: canonical operations, Linear layers, order, and what must not be crossed."""
+
+from __future__ import annotations
+
+import bisect
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fuse_pass.graph.canonical import Op, canonical, is_weight_transpose
+from fuse_pass.graph.shapes import keeps_rows, same_size, value_of
+from fuse_pass.report import Reason
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`y = x Wᵀ + b` in any spelling.
+
+    Attributes:
+        node: the node whose value is y.
+        input: x.
+        weight: W, or Wᵀ if `transposed`.
+        bias: b or None.
+        transposed: True where the weight is stored `[in, out]`, as in GPT-2's Conv1D.
+        nodes: every node that the layer consists of.
+    """
+
+    node: Node
+    input: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The result of walking up through nodes that do not change values: `node` is where it ended."""
+
+    node: Node
+    passed: tuple[Node, ...]
+    casts: tuple[Node, ...]
+    moves_rows: Node | None
+
+
+class GraphView:
+    """Read-only answers about one graph; made anew after every change of the graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = tuple(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self._ops: dict[Node, Op | None] = {}
+
+    def op(self, node: Any) -> Op | None:
+        if not isinstance(node, Node):
+            return None
+        if node not in self._ops:
+            self._ops[node] = canonical(node)
+        return self._ops[node]
+
+    def kind(self, node: Any) -> str | None:
+        op = self.op(node)
+        return None if op is None else op.kind
+
+    # --- Linear layers
+
+    @cached_property
+    def linears(self) -> dict[Node, Linear]:
+        """Every Linear by the node of its output; a product that a bias is added to counts as one with its bias."""
+        found: dict[Node, Linear] = {}
+        for node in self.nodes:
+            layer = self._linear(node, found)
+            if layer is not None:
+                for part in layer.nodes:
+                    found.pop(part, None)
+                found[node] = layer
+        return found
+
+    def _linear(self, node: Node, found: dict[Node, Linear]) -> Linear | None:
+        op = self.op(node)
+        if op is None:
+            return None
+        if op.kind == "linear":
+            return self._layer(node, op["input"], op["weight"], op["bias"], transposed=False)
+        if op.kind == "addmm" and op["beta"] == 1 and op["alpha"] == 1:
+            return self._layer(node, op["mat1"], op["mat2"], op["input"], transposed=True)
+        if op.kind == "matmul":
+            return self._layer(node, op["input"], op["other"], None, transposed=True)
+        if op.kind == "add" and op["alpha"] == 1:
+            for product, bias in ((op["input"], op["other"]), (op["other"], op["input"])):
+                inner = found.get(product) if isinstance(product, Node) else None
+                if inner is not None and inner.bias is None and len(product.users) == 1:
+                    layer = self._layer(node, inner.input, inner.weight, bias, transposed=inner.transposed)
+                    if layer is not None:
+                        return Linear(**{**vars(layer), "nodes": (*inner.nodes, node)})
+        return None
+
+    def _layer(self, node: Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Linear | None:
+        if transposed and is_weight_transpose(self.op(weight)):
+            weight, transposed = self._ops[weight]["input"], False  # type: ignore[index]
+        x_value, weight_value = value_of(x), value_of(weight)
+        if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() == 0:
+            return None
+        if bias is not None:
+            bias_value = value_of(bias)
+            out_features = weight_value.shape[1 if transposed else 0]
+            if bias_value is None or bias_value.dim() != 1 or not same_size(bias_value.shape[0], out_features):
+                return None
+        return Linear(node, x, weight, bias, transposed, (node,))
+
+    # --- walking
+
+    def walk_up(self, node: Node) -> Walk:
+        """From a value up to where it was computed, through reshapes, casts and inactive dropout."""
+        passed: list[Node] = []
+        casts: list[Node] = []
+        moves_rows = None
+        while True:
+            op = self.op(node)
+            if op is None or node in self.linears or op.kind not in ("reshape", "cast", "dropout"):
+                break
+            if op.kind == "dropout" and (is_active_dropout(op) or (op.in_place and not self.owns_its_input(op))):
+                break
+            source = op["input"]
+            before, after = value_of(source), value_of(node)
+            if before is None or after is None:
+                break
+            if op.kind == "reshape" and not keeps_rows(before, after):
+                moves_rows = moves_rows or node
+            if before.dtype is not after.dtype:
+                casts.append(node)
+            if before.device != after.device:
+                break
+            passed.append(node)
+            node = source
+        return Walk(node, tuple(passed), tuple(casts), moves_rows)
+
+    def owns_its_input(self, op: Op) -> bool:
+        """Whether an in-place operation writes to memory that nothing else can read, so that it may count as pure.
+
+        True if everything up to the operation that allocated the memory has a single reader.
+        """
+        node = op["input"]
+        while isinstance(node, Node) and len(node.users) == 1:
+            source = self.op(node)
+            if node in self.linears:
+                return True
+            if source is None or source.kind == "getitem":
+                return False
+            is_alias = source.in_place or source.kind in _ALIASING or _is_inactive_dropout(source)
+            if not is_alias:
+                return True
+            node = source["input"]
+        return False
+
+    # --- order and regions
+
+    @cached_property
+    def _barriers(self) -> tuple[list[int], list[tuple[Node, Reason]]]:
+        found = [(i, node, reason) for i, node in enumerate(self.nodes) if (reason := barrier(node)) is not None]
+        return [i for i, _, _ in found], [(node, reason) for _, node, reason in found]
+
+    def barriers_between(self, first: Node, last: Node) -> Iterator[tuple[Node, Reason]]:
+        """Nodes strictly between two others that no value may be moved across."""
+        positions, entries = self._barriers
+        start = bisect.bisect_right(positions, self.position[first])
+        end = bisect.bisect_left(positions, self.position[last])
+        yield from entries[start:end]
+
+    @cached_property
+    def _functorch_positions(self) -> list[int]:
+        return [i for i, node in enumerate(self.nodes) if _FUNCTORCH.search(_module_and_name(node))]
+
+    def is_in_functorch(self, node: Node) -> bool:
+        """Whether the node lies between the first and the last functorch call of the graph (vmap, grad, jvp, …)."""
+        positions = self._functorch_positions
+        return bool(positions) and positions[0] < self.position[node] < positions[-1]
+
+    def autocast_stack(self, node: Node) -> list[tuple[Any, ...]]:
+        """Arguments of the autocast regions of this graph that are open at a node, outermost first."""
+        stack: list[Node] = []
+        for candidate in self._autocast_switches:
+            if self.position[candidate] > self.position[node]:
+                break
+            if candidate.target is torch.amp.autocast_mode._enter_autocast:
+                stack.append(candidate)
+            elif candidate.args[0] in stack:
+                stack.remove(candidate.args[0])
+        return [enter.args for enter in stack]
+
+    @cached_property
+    def _autocast_switches(self) -> list[Node]:
+        return [node for node in self.nodes if barrier(node) is Reason.AUTOCAST]
+
+
+# Operations that may return their input or a view of it.
+_ALIASING = ("reshape", "cast", "matrix_transpose", "transpose", "permute", "getattr")
+
+
+def _is_inactive_dropout(op: Op) -> bool:
+    return op.kind == "dropout" and not is_active_dropout(op)
+
+
+def is_active_dropout(op: Op) -> bool:
+    """Whether a dropout drops anything; a p that is only known at run time counts as active."""
+    return op["training"] is not False and not (isinstance(op["p"], (int, float)) and op["p"] == 0)
+
+
+# The name of an operation that writes into an argument or sets a state, as Inductor's own pattern matcher tells it.
+_MUTATING_NAME = re.compile(r"(?<!_)(_$|_[.]|(\b|_)(set|enter|exit|seed)(\b|_))(?!_)")
+_FUNCTORCH = re.compile(
+    r"(_vmap|_grad|_jvp|_func)_(increment|decrement)_nesting|_add_batch_dim|_remove_batch_dim|^_functorch|_C\._functorch"
+)
+_IN_PLACE_OPERATORS = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+    operator.setitem, operator.delitem,
+)  # fmt: skip
+_GRAD_SWITCHES = (torch._C._set_grad_enabled, torch.autograd.grad_mode.set_grad_enabled)
+_AUTOCAST_SWITCHES = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
+def barrier(node: Node) -> Reason | None:
+    """Why no value may be moved across a node; None where it is an ordinary pure operation."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return None
+    if node.op == "call_module":
+        return Reason.MUTATION  # a module that Dynamo did not open may hold state
+    target = node.target
+    if target in _AUTOCAST_SWITCHES:
+        return Reason.AUTOCAST
+    if target in _GRAD_SWITCHES or "inference_mode" in str(getattr(target, "__name__", "")):
+        return Reason.GRAD_MODE
+    return Reason.MUTATION if _mutates(node) else None
+
+
+def _mutates(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True  # its body may
+    if target in _IN_PLACE_OPERATORS or node.kwargs.get("out") is not None:
+        return True
+    op = canonical(node)
+    if op is not None and op.in_place:
+        return True
+    if op is None and _has_in_place_option(node):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return bool(_MUTATING_NAME.search(name))
+
+
+def _has_in_place_option(node: Node) -> bool:
+    """Calls outside the table of canonical operations: any true argument named (or standing for) `inplace`."""
+    if node.kwargs.get("inplace"):
+        return True
+    code = getattr(node.target, "__code__", None)
+    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
+        return False
+    index = code.co_varnames.index("inplace")
+    return index < len(node.args) and bool(node.args[index])
+
+
+def _module_and_name(node: Node) -> str:
+    if node.op != "call_function":
+        return ""
+    return f"{getattr(node.target, '__module__', '') or ''}.{getattr(node.target, '__name__', '')}"

@@ -1,0 +1,81 @@
+"""Every private name of PyTorch that fuse_pass relies on, checked against torch 2.11, 2.12 and 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from torch._inductor import decomposition
+from torch.fx import Graph
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+
+__all__ = [
+    "disable_current_modes",
+    "draws_stock_random_numbers",
+    "has_fast_cpu_dtype",
+    "inductor_compiler",
+    "inductor_seed",
+    "is_inductor_option",
+    "joint_passes",
+    "onednn_linear",
+    "register_decomposition",
+    "size_hint",
+]
+
+
+def register_decomposition(op: torch._ops.OpOverload, body: Callable[..., Any]) -> None:
+    """Makes `op` transparent to Inductor: it sees the aten calls of `body` instead of an opaque call."""
+    decomposition.register_decomposition([op])(body)
+    # The merged table is cached at the first compilation; without this the op stays opaque ever after.
+    decomposition.fast_random_decomps.cache_clear()
+
+
+def inductor_seed(device: torch.device) -> torch.Tensor:
+    """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
+    return torch.ops.prims.inductor_seed(device)
+
+
+def onednn_linear() -> torch._ops.OpOverload | None:
+    """oneDNN's `a @ b.T + bias` with an activation as post-operation, on plain weights; None where it is absent."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if packet is None else packet.default
+
+
+def has_fast_cpu_dtype(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies matrices of this half type in hardware."""
+    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}[dtype]
+    query = getattr(torch.ops.mkldnn, name, None)
+    return bool(query is not None and query())
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The example value of a size; never adds a guard. None for a size that is only known at run time."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def is_inductor_option(name: str) -> bool:
+    return name.replace("-", "_") in inductor_config.get_config_copy()
+
+
+def draws_stock_random_numbers(options: Mapping[str, Any]) -> bool:
+    """Whether the user asked for eager's random numbers, which our own generator cannot give."""
+    return any(
+        options.get(name, getattr(inductor_config, name, False)) for name in ("fallback_random", "align_random_eager")
+    )
+
+
+def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], ...]:
+    """The user's own passes on the joint graph: one, or from torch 2.13 on a list."""
+    passes = options.get("joint_custom_post_pass", inductor_config.joint_custom_post_pass)
+    if not passes:
+        return ()
+    return tuple(passes) if isinstance(passes, (list, tuple)) else (passes,)
+
+
+def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:
+    """Inductor as a callable (graph module, example inputs) → compiled function; its `.config` holds the patches."""
+    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)  # type: ignore[attr-defined]

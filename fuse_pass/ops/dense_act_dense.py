@@ -1,0 +1,310 @@
+"""Linear → activation → [dropout] → Linear as one op: `y = dropout(act(x W1ᵀ + b1)) W2ᵀ + b2`.
+
+Shapes: x `[..., d_in]`, weight1 `[d_hidden, d_in]`, weight2 `[d_out, d_hidden]`, y `[..., d_out]`, h `[rows, d_hidden]`.
+
+Saved for backward are x, the pre-activation h and the seed; `act(h)` and the dropout mask are recomputed. Three ops:
+
+- `dense_act_dense` for training returns `(y, h)`;
+- `dense_act_dense_inference` returns y and may run the activation inside the first product;
+- `act_dense` is the second half alone, for chains in which a Linear ends one match and begins the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuse_pass.ops import rng
+from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.ops.dense import product, product_with_activation, rows_of
+from fuse_pass.ops.library import accumulation_dtype, cast_for_autocast, define, define_autocast, define_autograd
+
+_TAIL_SCHEMA = (
+    "Tensor weight2, Tensor? bias2, Tensor? act_weight, Tensor? seed, float p, str activation, float[] act_arguments"
+)
+_SCHEMA = f"(Tensor x, Tensor weight1, Tensor? bias1, {_TAIL_SCHEMA})"
+
+
+def _activate(
+    h: Tensor, act_weight: Tensor | None, seed: Tensor | None, p: float, activation: str, arguments: Any
+) -> Tensor:
+    return rng.dropout(ACTIVATIONS[activation].forward(h, arguments, act_weight), seed, p)
+
+
+def _forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+) -> tuple[Tensor, Tensor]:
+    h = product(rows_of(x), weight1, bias1)
+    y = product(_activate(h, act_weight, seed, p, activation, act_arguments), weight2, bias2)
+    return y.view(_output_shape(x, weight2)), h
+
+
+def _forward_inference(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+) -> Tensor:
+    a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight)
+    return product(rng.dropout(a, seed, p), weight2, bias2).view(_output_shape(x, weight2))
+
+
+def _tail_forward(
+    h: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+) -> Tensor:
+    a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments)
+    return product(a, weight2, bias2).view(_output_shape(h, weight2))
+
+
+def _tail_backward(
+    grad_y: Tensor,
+    h: Tensor,
+    weight2: Tensor,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
+    need_h, need_weight2, need_bias2, need_act_weight = output_mask
+    grad, h2d, none = rows_of(grad_y), rows_of(h), h.new_empty(0)
+    grad_h = grad_weight2 = grad_bias2 = grad_act_weight = none
+    if need_weight2:
+        a = _activate(h2d, act_weight, seed, p, activation, act_arguments)
+        grad_weight2 = product(grad.t(), a.t())
+    if need_bias2:
+        grad_bias2 = grad.sum(0)
+    if need_h or need_act_weight:
+        grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
+        if need_h:
+            grad_h = ACTIVATIONS[activation].backward(grad_a, h2d, act_arguments, act_weight).view(h.shape)
+        if need_act_weight:
+            assert act_weight is not None
+            grad_act_weight = _prelu_weight_grad(grad_a, h2d, act_weight)
+    return grad_h, grad_weight2, grad_bias2, grad_act_weight
+
+
+def _prelu_weight_grad(grad_a: Tensor, h: Tensor, act_weight: Tensor) -> Tensor:
+    wide = accumulation_dtype(h.dtype)
+    slope_grad = torch.where(h > 0, 0.0, grad_a.to(wide) * h.to(wide))
+    summed = slope_grad.sum() if act_weight.numel() == 1 else slope_grad.sum(0)
+    return summed.to(act_weight.dtype).view(act_weight.shape)
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    h: Tensor,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight1, bias1, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
+    need_x, need_weight1, need_bias1, *need_tail = output_mask
+    grad_h, grad_weight2, grad_bias2, grad_act_weight = _tail_backward(
+        grad_y, h, weight2, act_weight, seed, p, activation, act_arguments,
+        [need_x or need_weight1 or need_bias1, *need_tail],
+    )  # fmt: skip
+    none = h.new_empty(0)
+    return (
+        product(grad_h, weight1.t()).view(x.shape) if need_x else none,
+        product(grad_h.t(), rows_of(x).t()) if need_weight1 else none,
+        grad_h.sum(0) if need_bias1 else none,
+        grad_weight2,
+        grad_bias2,
+        grad_act_weight,
+    )
+
+
+def _output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:-1], weight2.shape[0])
+
+
+def _rows(x: Tensor) -> int:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return rows
+
+
+def _fake(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(_output_shape(x, weight2)), x.new_empty(_rows(x), weight1.shape[0])
+
+
+def _fake_gradients(of: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
+    empty = next(t for t in of if t is not None)
+    return tuple(
+        t.new_empty(t.shape) if needed and t is not None else empty.new_empty(0)
+        for t, needed in zip(of, output_mask, strict=True)
+    )
+
+
+def _fake_tail_backward(
+    grad_y: Tensor,
+    h: Tensor,
+    weight2: Tensor,
+    act_weight: Any,
+    seed: Any,
+    p: Any,
+    act: Any,
+    arguments: Any,
+    mask: list[bool],
+) -> tuple[Tensor, ...]:
+    return _fake_gradients((h, weight2, weight2[:, 0], act_weight), mask)
+
+
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, h: Tensor, act_weight: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients((x, weight1, weight1[:, 0], weight2, weight2[:, 0], act_weight), rest[-1])
+
+
+dense_act_dense = define("dense_act_dense", f"{_SCHEMA} -> (Tensor y, Tensor h)", _forward, _fake)
+dense_act_dense_inference = define(
+    "dense_act_dense_inference", f"{_SCHEMA} -> Tensor", _forward_inference, lambda *arguments: _fake(*arguments)[0]
+)
+act_dense = define(
+    "act_dense",
+    f"(Tensor h, {_TAIL_SCHEMA}) -> Tensor",
+    _tail_forward,
+    lambda h, weight2, *rest: h.new_empty(_output_shape(h, weight2)),
+)
+dense_act_dense_backward = define(
+    "dense_act_dense_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight1, Tensor weight2, Tensor h, Tensor? act_weight, Tensor? seed, float p, "
+    "str activation, float[] act_arguments, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+act_dense_backward = define(
+    "act_dense_backward",
+    "(Tensor grad_y, Tensor h, Tensor weight2, Tensor? act_weight, Tensor? seed, float p, str activation, "
+    "float[] act_arguments, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    _tail_backward,
+    _fake_tail_backward,
+)
+
+
+# The tensor arguments that carry gradients, by position, in the order in which the backward ops return them.
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5)
+_TAIL_DIFFERENTIABLE = (0, 1, 2, 3)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.p, ctx.activation, ctx.act_arguments = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Any) -> tuple[Tensor | None, ...]:
+    *tensors, h = ctx.saved_tensors
+    settings = (ctx.p, ctx.activation, ctx.act_arguments)
+    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    if grad_y is None:
+        return (None,) * len(ctx.needs_input_grad)
+    if torch.is_grad_enabled():
+        grads = _differentiable_grads(_formula, tensors, settings, needed, grad_y)
+    else:
+        x, weight1, _, weight2, _, act_weight, seed = tensors
+        grads = torch.ops.fuse_pass.dense_act_dense_backward(
+            grad_y, x, weight1, weight2, h, act_weight, seed, *settings, needed
+        )
+    return _only_needed(grads, needed, len(ctx.needs_input_grad))
+
+
+def _tail_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.p, ctx.activation, ctx.act_arguments = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _tail_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    settings = (ctx.p, ctx.activation, ctx.act_arguments)
+    needed = [ctx.needs_input_grad[i] for i in _TAIL_DIFFERENTIABLE]
+    if torch.is_grad_enabled():
+        grads = _differentiable_grads(_tail_formula, tensors, settings, needed, grad_y)
+    else:
+        h, weight2, _, act_weight, seed = tensors
+        grads = torch.ops.fuse_pass.act_dense_backward(grad_y, h, weight2, act_weight, seed, *settings, needed)
+    return _only_needed(grads, needed, len(ctx.needs_input_grad))
+
+
+def _tail_formula(h: Tensor, weight2: Tensor, bias2: Tensor | None, *activation: Any) -> Tensor:
+    """`act_dense` in differentiable PyTorch, for second derivatives."""
+    a = _activate(rows_of(h), *activation)
+    return F.linear(a, weight2, bias2).view(_output_shape(h, weight2))
+
+
+def _formula(x: Tensor, weight1: Tensor, bias1: Tensor | None, *tail: Any) -> Tensor:
+    """`dense_act_dense` in differentiable PyTorch, for second derivatives."""
+    return _tail_formula(F.linear(x, weight1, bias1), *tail)
+
+
+def _differentiable_grads(
+    formula: Callable[..., Tensor], tensors: Any, settings: tuple[Any, ...], needed: list[bool], grad_y: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients that can be differentiated again (`create_graph=True`).
+
+    By `torch.func.vjp`, which takes the arguments as independent even where one was computed from another.
+    """
+    wanted = [i for i, need in enumerate(needed) if need]
+
+    def of_wanted(*values: Tensor) -> Tensor:
+        arguments = list(tensors)
+        for i, value in zip(wanted, values, strict=True):
+            arguments[i] = value
+        return formula(*arguments, *settings)
+
+    _, vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+    grads = dict(zip(wanted, vjp(grad_y), strict=True))
+    return tuple(grads.get(i, grad_y) for i in range(len(needed)))
+
+
+def _only_needed(grads: tuple[Tensor, ...], needed: list[bool], total: int) -> tuple[Tensor | None, ...]:
+    kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return (*kept, *(None,) * (total - len(kept)))
+
+
+define_autograd(dense_act_dense, _setup, _autograd)
+define_autograd(act_dense, _tail_setup, _tail_autograd)
+for _op in (dense_act_dense, dense_act_dense_inference, act_dense):
+    for _device_type in ("cpu", "cuda"):
+        define_autocast(
+            _op,
+            _device_type,
+            lambda op, *args, device_type=_device_type: op(*(cast_for_autocast(a, device_type) for a in args)),
+        )

@@ -1,0 +1,285 @@
+"""Dropout → [add residual] → LayerNorm or RMSNorm as one op.
+
+    z = dropout(x) + residual                 (either part may be absent)
+    y = (z - mean(z)) * rsqrt(var(z) + eps) * weight + bias        LayerNorm, 1607.06450
+    y = z * rsqrt(mean(z²) + eps) * weight                         RMSNorm, 1910.07467
+
+Shapes: x, residual, z and y `[..., *normalized]`, weight and bias `[*normalized]`, mean and rstd `[..., 1, …]`.
+Variance is biased; statistics are float32 (float64 for float64). Saved for backward are z, the statistics and the seed;
+the mask is recomputed. `norm_dtype` is what z is cast to before the norm, and the dtype of y (None: z's own): the cast
+that many models write there, and the one that CUDA autocast makes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_pass.ops import rng
+from fuse_pass.ops.library import accumulation_dtype, define, define_autocast, define_autograd
+
+LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
+
+
+def _split(x: Tensor, normalized_dims: int) -> tuple[int, int]:
+    """Sizes of x seen as a matrix `[rows, columns]` of independently normalised rows."""
+    return math.prod(x.shape[: x.dim() - normalized_dims]), math.prod(x.shape[x.dim() - normalized_dims :])
+
+
+def _last_dims(normalized_dims: int) -> list[int]:
+    return list(range(-normalized_dims, 0))
+
+
+def _dropout(x: Tensor, seed: Tensor | None, p: float, normalized_dims: int) -> Tensor:
+    """Dropout whose mask is counted along the normalised rows; keeps the strides of x, as `F.dropout` does."""
+    if seed is None or p == 0:
+        return x
+    if p == 1:
+        return torch.zeros_like(x)
+    keep = rng.keep_mask(seed, *_split(x, normalized_dims), p).view(x.shape)
+    return (x * (1 / (1 - p))).masked_fill(~keep, 0.0)
+
+
+def _normalise(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    normalized_dims: int,
+    norm: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = _last_dims(normalized_dims)
+    wide = z.to(dtype).to(accumulation_dtype(dtype))
+    if norm == LAYER_NORM:
+        # Two passes: exact for rows with a large mean, and on a CPU faster than Welford (2.9 against 4.0 ms, 2048x768).
+        mean = wide.mean(dims, keepdim=True)
+        wide = wide - mean
+    else:
+        mean = wide.new_empty(0)
+    rstd = torch.rsqrt((wide * wide).mean(dims, keepdim=True) + eps)
+    y = wide * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y.to(dtype).contiguous(), mean, rstd
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    normalized_dims: int,
+    norm: str,
+    norm_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y, z (empty where it would be x itself), mean (empty for RMSNorm) and rstd."""
+    z = _dropout(x, seed, p, normalized_dims)
+    z = z if residual is None else z + residual
+    y, mean, rstd = _normalise(z, weight, bias, eps, normalized_dims, norm, norm_dtype or z.dtype)
+    return y, x.new_empty(0) if z is x else z, mean, rstd
+
+
+def _backward(
+    grad_y: Tensor | None,
+    grad_z: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    normalized_dims: int,
+    norm: str,
+    norm_dtype: torch.dtype | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, x (where dropout is active), weight and bias; an empty tensor where `output_mask` is False.
+
+    The gradients of weight and bias come in the accumulation dtype.
+    """
+    need_z, need_x, need_weight, need_bias = output_mask
+    dtype = norm_dtype or z.dtype
+    wide, none = accumulation_dtype(dtype), z.new_empty(0)
+    rows = list(range(z.dim() - normalized_dims))
+    grad_weight = grad_bias = none
+    if grad_y is None:
+        assert grad_z is not None
+        grad = grad_z
+        if need_weight or need_bias:
+            grad_weight = grad_bias = z.new_zeros(z.shape[z.dim() - normalized_dims :], dtype=wide)
+    else:
+        normalised = z.to(dtype).to(wide)
+        normalised = (normalised - mean if norm == LAYER_NORM else normalised) * rstd
+        grad_normalised = grad_y.to(wide)
+        if need_weight:
+            grad_weight = _sum(grad_normalised * normalised, rows)
+        if need_bias:
+            grad_bias = _sum(grad_normalised, rows)
+        if weight is not None:
+            grad_normalised = grad_normalised * weight
+        dims = _last_dims(normalized_dims)
+        grad = grad_normalised - normalised * (grad_normalised * normalised).mean(dims, keepdim=True)
+        if norm == LAYER_NORM:
+            grad = grad - grad_normalised.mean(dims, keepdim=True)
+        grad = (grad * rstd).to(dtype).to(z.dtype)
+        grad = grad if grad_z is None else grad + grad_z
+    grad_x = _dropout(grad, seed, p, normalized_dims) if need_x else none
+    # Results of an op may alias neither its arguments nor each other.
+    return (
+        grad.clone(memory_format=torch.contiguous_format) if need_z else none,
+        grad_x.contiguous(),
+        grad_weight if need_weight else none,
+        grad_bias.clone() if need_bias else none,
+    )
+
+
+def _sum(x: Tensor, dims: list[int]) -> Tensor:
+    return x.sum(dims) if dims else x.clone()  # an empty list would mean every dimension
+
+
+def _has_sum(residual: Tensor | None, seed: Tensor | None, p: float) -> bool:
+    """Whether z is a tensor of its own rather than x itself."""
+    return residual is not None or (seed is not None and p != 0)
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Any,
+    bias: Any,
+    seed: Tensor | None,
+    p: float,
+    eps: Any,
+    normalized_dims: int,
+    norm: str,
+    norm_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = torch.empty_like(x) if residual is None else x + residual
+    dtype = norm_dtype or z.dtype
+    statistics = x.new_empty(
+        (*z.shape[: z.dim() - normalized_dims], *(1,) * normalized_dims), dtype=accumulation_dtype(dtype)
+    )
+    return (
+        x.new_empty(z.shape, dtype=dtype),
+        z if _has_sum(residual, seed, p) else x.new_empty(0),
+        torch.empty_like(statistics) if norm == LAYER_NORM else statistics.new_empty(0),
+        statistics,
+    )
+
+
+def _fake_backward(
+    grad_y: Any,
+    grad_z: Any,
+    z: Tensor,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    seed: Any,
+    p: Any,
+    normalized_dims: int,
+    norm: str,
+    norm_dtype: torch.dtype | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    wide = accumulation_dtype(norm_dtype or z.dtype)
+    parameter = z.shape[z.dim() - normalized_dims :]
+    shapes = ((z.shape, z.dtype), (z.shape, z.dtype), (parameter, wide), (parameter, wide))
+    return tuple(
+        z.new_empty(shape, dtype=dtype) if needed else z.new_empty(0)
+        for (shape, dtype), needed in zip(shapes, output_mask, strict=True)
+    )
+
+
+dropout_norm = define(
+    "dropout_norm",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, float eps, int normalized_dims, "
+    "str norm, ScalarType? norm_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    _forward,
+    _fake,
+)
+dropout_norm_backward = define(
+    "dropout_norm_backward",
+    "(Tensor? grad_y, Tensor? grad_z, Tensor z, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float p, "
+    "int normalized_dims, str norm, ScalarType? norm_dtype, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype = inputs
+    _, z, mean, rstd = output
+    ctx.drops = seed is not None and ctx.p != 0
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+    has_sum = _has_sum(residual, seed, ctx.p)
+    ctx.save_for_backward(z if has_sum else x, mean, rstd, weight, seed)
+    ctx.mark_non_differentiable(mean, rstd, *(() if has_sum else (z,)))
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, *statistics: Any) -> tuple[Tensor | None, ...]:
+    z, mean, rstd, weight, seed = ctx.saved_tensors
+    need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+    none = (None,) * (len(ctx.needs_input_grad) - 4)
+    if grad_y is None and grad_z is None:
+        return (None,) * 4 + none
+    if torch.is_grad_enabled():
+        grad, grad_weight, grad_bias = _differentiable_grads(ctx, grad_y, grad_z, z, weight)
+        grad_x = _dropout(grad, seed, ctx.p, ctx.normalized_dims)
+    else:
+        mask = [need_residual or (need_x and not ctx.drops), need_x and ctx.drops, need_weight, need_bias]
+        grad, grad_x, grad_weight, grad_bias = torch.ops.fuse_pass.dropout_norm_backward(
+            grad_y, grad_z, z, mean, rstd, weight, seed, ctx.p, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, mask
+        )
+        grad_x = grad_x if ctx.drops else grad
+    grads = (grad_x, grad, grad_weight, grad_bias)
+    return (
+        tuple(
+            grad.to(dtype) if needed else None
+            for grad, needed, dtype in zip(grads, ctx.needs_input_grad, ctx.dtypes, strict=False)
+        )
+        + none
+    )
+
+
+def _differentiable_grads(
+    ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, z: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients that can be differentiated again (`create_graph=True`).
+
+    By `torch.func.vjp`, which takes z and the weight as independent; the graph sees both as children of one op.
+    """
+    grad = grad_z
+    grad_weight = grad_bias = z.new_zeros(z.shape[z.dim() - ctx.normalized_dims :])
+    if grad_y is not None:
+        parameters = () if weight is None else (weight,)
+        _, vjp = torch.func.vjp(
+            lambda z, *weight: _normalise(
+                z, *(weight or (None,)), None, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype or z.dtype
+            )[0],
+            z,
+            *parameters,
+        )
+        grad, *of_weight = vjp(grad_y)
+        grad = grad if grad_z is None else grad + grad_z
+        grad_weight = of_weight[0] if of_weight else grad_weight
+        grad_bias = _sum(grad_y, list(range(z.dim() - ctx.normalized_dims)))
+    return grad, grad_weight, grad_bias  # type: ignore[return-value]  # the caller drops what is not needed
+
+
+def _cuda_autocast(op: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+    """CUDA autocast runs norms in float32; CPU autocast leaves them alone (so there is no rule for it)."""
+    *others, norm_dtype = rest
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return op(x, residual, *others, torch.float32 if dtype in (torch.float16, torch.bfloat16) else norm_dtype)
+
+
+define_autograd(dropout_norm, _setup, _autograd)
+define_autocast(dropout_norm, "cuda", _cuda_autocast)

@@ -1,0 +1,271 @@
+"""Linear → activation → [dropout] → Linear:  `y = dropout(act(x W1ᵀ + b1)) W2ᵀ + b2`.
+
+Shapes: x `[..., d_in]`, W1 `[d_hidden, d_in]`, W2 `[d_out, d_hidden]`, y `[..., d_out]`; biases are optional.
+
+In a chain Linear → act → Linear → act → Linear the middle Linear ends one match and begins the next.
+
+Declines when: an interior value has a second reader; anything that writes, or switches autocast or grad mode, lies inside;
+a cast changes the dtype inside; a written-out activation has other constants; the rows are rearranged between the two
+Linear layers; PReLU has a slope per channel that is not the last dimension; a tensor is a subclass or on another device;
+the user wants eager's random numbers; no Linear reads the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from fuse_pass.graph.edit import Editor
+from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.shapes import same_shape, value_of
+from fuse_pass.graph.view import GraphView, Linear, Walk
+from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
+from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.report import Reason
+
+
+def reference(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    arguments: tuple[float, ...] = (),
+    act_weight: Tensor | None = None,
+    keep: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """The formula in eager PyTorch; `keep` is the dropout mask, shaped like the hidden value."""
+    a = ACTIVATIONS[activation].forward(F.linear(x, weight1, bias1), arguments, act_weight)
+    if keep is not None:
+        a = torch.where(keep, a / (1 - p), 0.0) if p < 1 else torch.zeros_like(a)
+    return F.linear(a, weight2, bias2)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, *, bias: bool = True, rows: tuple[int, ...] = (3, 5)
+) -> dict[str, Any]:
+    def parameter(*shape: int) -> Tensor:
+        return (torch.randn(*shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
+
+    return {
+        "x": torch.randn(*rows, 8, dtype=torch.float64).to(dtype).requires_grad_(),
+        "weight1": parameter(24, 8),
+        "bias1": parameter(24) if bias else None,
+        "weight2": parameter(16, 24),
+        "bias2": parameter(16) if bias else None,
+    }
+
+
+def _view_between(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    h = F.gelu(F.linear(x, w1, b1)).view(-1, w1.shape[0]).view(*x.shape[:-1], w1.shape[0])
+    return F.linear(h, w2, b2)
+
+
+def _conv1d(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """GPT-2's Conv1D: addmm on a flattened input, weights stored `[in, out]`."""
+    v1, v2 = w1.t().contiguous(), w2.t().contiguous()
+    h = torch.addmm(b1, x.view(-1, x.size(-1)), v1).view((*x.shape[:-1], v1.shape[1]))
+    a = 0.5 * h * (1.0 + torch.tanh(0.7978845608028654 * (h + 0.044715 * torch.pow(h, 3.0))))
+    return torch.addmm(b2, a.view(-1, a.size(-1)), v2).view((*x.shape[:-1], v2.shape[1]))
+
+
+def _in_place(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.linear(F.dropout(F.relu(F.linear(x, w1, b1), inplace=True), 0.0, True, True), w2, b2)
+
+
+# Called as f(x, weight1, bias1, weight2, bias2); each must be found once.
+SPELLINGS: dict[str, Any] = {
+    "linear, gelu, linear": lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+    "gelu tanh": lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2),
+    "dropout": lambda x, w1, b1, w2, b2: F.linear(F.dropout(F.gelu(F.linear(x, w1, b1)), 0.25), w2, b2),
+    "inactive dropout": lambda x, w1, b1, w2, b2: F.linear(F.dropout(F.gelu(F.linear(x, w1, b1)), 0.25, False), w2, b2),
+    "no biases": lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1)), w2),
+    "matmul": lambda x, w1, b1, w2, b2: F.gelu(x @ w1.T + b1) @ w2.t() + b2,
+    "matmul, bias first": lambda x, w1, b1, w2, b2: b2 + torch.matmul(F.gelu(b1 + x.matmul(w1.mT)), w2.transpose(0, 1)),
+    "matmul, permute, no biases": lambda x, w1, b1, w2, b2: torch.matmul(F.gelu(x @ w1.permute(1, 0)), w2.T),
+    "addmm (Conv1D)": _conv1d,
+    "views between": _view_between,
+    "in place": _in_place,
+    "relu": lambda x, w1, b1, w2, b2: F.linear(torch.relu(F.linear(x, w1, b1)), w2, b2),
+    "relu method": lambda x, w1, b1, w2, b2: F.linear(F.linear(x, w1, b1).relu(), w2, b2),
+    "leaky_relu": lambda x, w1, b1, w2, b2: F.linear(F.leaky_relu(F.linear(x, w1, b1), 0.2), w2, b2),
+    "prelu": lambda x, w1, b1, w2, b2: F.linear(F.prelu(F.linear(x, w1, b1), b1[:1]), w2, b2),
+    "elu": lambda x, w1, b1, w2, b2: F.linear(F.elu(F.linear(x, w1, b1), 0.7), w2, b2),
+    "selu": lambda x, w1, b1, w2, b2: F.linear(F.selu(F.linear(x, w1, b1)), w2, b2),
+    "silu": lambda x, w1, b1, w2, b2: F.linear(F.silu(F.linear(x, w1, b1)), w2, b2),
+    "mish": lambda x, w1, b1, w2, b2: F.linear(F.mish(F.linear(x, w1, b1)), w2, b2),
+    "gelu written out": lambda x, w1, b1, w2, b2: F.linear(
+        (lambda h: h * 0.5 * (1.0 + torch.erf(h / 1.4142135623730951)))(F.linear(x, w1, b1)), w2, b2
+    ),
+    "gelu tanh written out with products": lambda x, w1, b1, w2, b2: F.linear(
+        (lambda h: 0.5 * h * (1 + (h * 0.7978845608 * (1 + 0.044715 * h * h)).tanh()))(F.linear(x, w1, b1)), w2, b2
+    ),
+    "quick gelu written out": lambda x, w1, b1, w2, b2: F.linear(
+        (lambda h: h * torch.sigmoid(1.702 * h))(F.linear(x, w1, b1)), w2, b2
+    ),
+    "silu written out": lambda x, w1, b1, w2, b2: F.linear((lambda h: h.sigmoid().mul(h))(F.linear(x, w1, b1)), w2, b2),
+    "mish written out": lambda x, w1, b1, w2, b2: F.linear(
+        (lambda h: h * torch.tanh(F.softplus(h)))(F.linear(x, w1, b1)), w2, b2
+    ),
+}
+
+
+def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
+    explained: set[Node] = set()
+    for second in view.linears.values():
+        candidate, activation = _ending_in(view, second, taken)
+        if activation is not None:
+            explained.update(activation.nodes)
+        if candidate is not None:
+            yield candidate
+    for node in view.nodes:
+        if node not in explained:
+            yield from _without_second_linear(view, node)
+
+
+def _ending_in(view: GraphView, second: Linear, taken: Set[Node]) -> tuple[Candidate | None, FoundActivation | None]:
+    upper = view.walk_up(second.input)
+    dropout = view.op(upper.node)
+    walks, p = [upper], 0.0
+    nodes: list[Node] = [*second.nodes, *upper.passed]
+    if (
+        dropout is not None
+        and dropout.kind == "dropout"
+        and not (dropout.in_place and not view.owns_its_input(dropout))
+    ):
+        p = dropout["p"]
+        nodes.append(upper.node)
+        walks.append(view.walk_up(dropout["input"]))
+        nodes += walks[-1].passed
+    activation = activation_at(view, walks[-1].node)
+    if activation is None:
+        return None, None
+    walks.append(view.walk_up(activation.input))
+    first = view.linears.get(walks[-1].node)
+    if first is None:
+        return None, activation
+    nodes += [*activation.nodes, *walks[-1].passed]
+    in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
+    return _candidate(first, activation, second, p, walks, nodes, in_chain=in_chain), activation
+
+
+def _candidate(
+    first: Linear,
+    activation: FoundActivation,
+    second: Linear,
+    p: Any,
+    walks: list[Walk],
+    nodes: list[Node],
+    *,
+    in_chain: bool,
+) -> Candidate:
+    if not in_chain:
+        nodes = [*nodes, *first.nodes]
+    drops = bool(p) if isinstance(p, (int, float)) else True
+    inputs = {
+        "x": first.node if in_chain else first.input,
+        "weight1": None if in_chain else first.weight,
+        "bias1": None if in_chain else first.bias,
+        "weight2": second.weight,
+        "bias2": second.bias,
+        "act_weight": activation.weight,
+    }
+    constants = {
+        "transposed1": first.transposed,
+        "transposed2": second.transposed,
+        "p": p,
+        "drops": drops,
+        "activation": activation.name,
+        "arguments": activation.arguments,
+    }
+    words = [activation.name.replace("_", " ")]
+    words += [f"dropout {p}"] if drops else []
+    words += ["chained"] if in_chain else []
+    return Candidate(
+        anchor=second.node,
+        nodes=frozenset(nodes),
+        outputs=(second.node,),
+        inputs=inputs,
+        constants=constants,
+        variant=", ".join(words),
+        needs_random_numbers=drops,
+        problem=_problem_on_the_way(walks) or activation.problem,
+    )
+
+
+def _problem_on_the_way(walks: list[Walk]) -> Problem | None:
+    for walk in walks:
+        if walk.casts:
+            return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
+        if walk.moves_rows is not None:
+            return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
+    return None
+
+
+def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
+    """A Linear → activation that leads elsewhere is a near miss worth explaining."""
+    activation = activation_at(view, node)
+    if activation is None or activation.problem is not None:
+        return
+    walk = view.walk_up(activation.input)
+    first = view.linears.get(walk.node)
+    if first is None:
+        return
+    readers = [user for user in node.users]
+    names = ", ".join("the output" if user.op == "output" else user.name for user in readers) or "nothing"
+    reason = Reason.SECOND_READER if len(readers) > 1 else Reason.NO_SECOND_LINEAR
+    problem = Problem(reason, f"{activation.name} is read by {names}", node)
+    yield Candidate(node, frozenset((*first.nodes, *activation.nodes)), (), {}, {}, activation.name, problem=problem)
+
+
+def check(view: GraphView, candidate: Candidate) -> Problem | None:
+    x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
+    if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
+        return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
+    slope = candidate.inputs["act_weight"]
+    slope_value = value_of(slope)
+    if slope is not None and slope_value is not None and slope_value.numel() != 1 and x.dim() != 2:
+        return Problem(Reason.LAYOUT, "PReLU's slope per channel belongs to dimension 1, not to the last", slope)
+    return None
+
+
+def replace(editor: Editor, candidate: Candidate) -> None:
+    inputs, constants = candidate.inputs, candidate.constants
+    y_value = value_of(candidate.anchor)
+    assert y_value is not None
+    with editor.at(candidate.outputs, candidate.nodes):
+        weight2 = _weight(editor, inputs["weight2"], constants["transposed2"])
+        seed = editor.call(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
+        tail = (weight2, inputs["bias2"], inputs["act_weight"], seed)
+        settings = (
+            constants["p"] if constants["drops"] else 0.0,
+            constants["activation"],
+            list(constants["arguments"]),
+        )
+        if inputs["weight1"] is None:
+            y = editor.call(torch.ops.fuse_pass.act_dense.default, inputs["x"], *tail, *settings)
+        else:
+            weight1 = _weight(editor, inputs["weight1"], constants["transposed1"])
+            arguments = (inputs["x"], weight1, inputs["bias1"], *tail, *settings)
+            if y_value.requires_grad:
+                y = editor.item(editor.call(torch.ops.fuse_pass.dense_act_dense.default, *arguments), 0)
+            else:
+                y = editor.call(torch.ops.fuse_pass.dense_act_dense_inference.default, *arguments)
+    editor.replace(candidate.anchor, y)
+    editor.erase(candidate.nodes)
+
+
+def _weight(editor: Editor, weight: Node | None, transposed: bool) -> Node | None:
+    return editor.call("t", weight) if transposed else weight
+
+
+PATTERN = Pattern("dense_act_dense", find, check, replace, reference, SPELLINGS, example_inputs)

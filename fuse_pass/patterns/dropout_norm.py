@@ -1,0 +1,265 @@
+"""Dropout → [+ residual] → LayerNorm or RMSNorm:  `y = norm(dropout(x) + residual)`.
+
+Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does an
+inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual stream of a
+pre-norm block, it becomes a second output. A cast before the norm is taken over.
+
+Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies inside;
+the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are computed after
+the sum is already read; a tensor is a subclass or on another device; the user wants eager's random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from fuse_pass.graph.canonical import Op
+from fuse_pass.graph.edit import Editor
+from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.shapes import same_shape, same_size, value_of
+from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.report import Reason
+
+
+def reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm: str = "layer_norm",
+    eps: float = 1e-5,
+    keep: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """The formula in eager PyTorch, over the last dimension; `keep` is the dropout mask, shaped like x."""
+    z = x if keep is None else (torch.where(keep, x / (1 - p), 0.0) if p < 1 else torch.zeros_like(x))
+    z = z if residual is None else z + residual
+    shape = (z.shape[-1],)
+    return F.layer_norm(z, shape, weight, bias, eps) if norm == "layer_norm" else F.rms_norm(z, shape, weight, eps)
+
+
+def example_inputs(dtype: torch.dtype = torch.float32, *, rows: tuple[int, ...] = (3, 5)) -> dict[str, Any]:
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return {"x": tensor(*rows, 24), "residual": tensor(*rows, 24), "weight": tensor(24), "bias": tensor(24)}
+
+
+def _iadd(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    z = F.dropout(x * 2, 0.25)
+    z += r
+    return F.layer_norm(z, (24,), w, b)
+
+
+def _pre_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    z = r + F.dropout(x, 0.25)
+    return z + F.layer_norm(z, (24,), w, b)
+
+
+def _read_before_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    z = F.dropout(x, 0.25) + r
+    early = torch.tanh(z)
+    return F.layer_norm(z, (24,), w, b) * early
+
+
+def _dropout_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    z = F.dropout(x, 0.25)
+    return F.layer_norm(z, (24,), w, b) * r + z
+
+
+# Called as f(x, residual, weight, bias); each must be found once.
+SPELLINGS: dict[str, Any] = {
+    "dropout, norm": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25), (24,), w, b),
+    "dropout, add, norm": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,), w, b),
+    "residual first": lambda x, r, w, b: F.layer_norm(r + F.dropout(x, 0.25), (24,), w, b),
+    "torch.add": lambda x, r, w, b: F.layer_norm(torch.add(F.dropout(x, 0.25), r), (24,), w, b),
+    "method add": lambda x, r, w, b: F.layer_norm(r.add(F.dropout(x, 0.25)), (24,), w, b),
+    "iadd": _iadd,
+    "the sum is read again": _pre_norm,
+    "the sum is read before the norm": _read_before_norm,
+    "the dropout is read again": _dropout_read_again,
+    "add, norm": lambda x, r, w, b: F.layer_norm(x + r, (24,), w, b),
+    "inactive dropout": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25, False) + r, (24,), w, b),
+    "p = 1": lambda x, r, w, b: F.layer_norm(F.dropout(x, 1.0) + r, (24,), w, b),
+    "torch.layer_norm": lambda x, r, w, b: torch.layer_norm(F.dropout(x, 0.25) + r, (24,), w, b),
+    "no affine": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,)),
+    "no bias": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,), w),
+    "two dimensions": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (5, 24)),
+    "rms_norm": lambda x, r, w, b: F.rms_norm(F.dropout(x, 0.25) + r, (24,), w, 1e-6),
+    "rms_norm, default eps": lambda x, r, w, b: F.rms_norm(x + r, (24,)),
+    "broadcast residual": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r[:1], (24,), w, b),
+    "broadcast operand": lambda x, r, w, b: F.layer_norm(x[0] + r, (24,), w, b),
+    "cast": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).double(), (24,)),
+}
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """`z = dropout(x) + residual` as it stands in the graph."""
+
+    node: Node
+    x: Node
+    residual: Node | None
+    p: Any
+    nodes: tuple[Node, ...]
+    problem: Problem | None = None
+
+
+def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
+    for node in view.nodes:
+        op = view.op(node)
+        if op is not None and op.kind in ("layer_norm", "rms_norm"):
+            candidate = _ending_in(view, op)
+            if candidate is not None:
+                yield candidate
+
+
+def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
+    casts, z_node = _through_casts(view, norm["input"])
+    found = _sum_at(view, z_node)
+    if found is None:
+        return None
+    # Whatever else reads the sum gets it as a second output, unless it is a value that stays where it is.
+    stays = found.residual is None and found.p == 0
+    others = [user for user in found.node.users if user not in (norm.node, *casts)]
+    keeps_sum = bool(others) and not stays
+    nodes = frozenset((norm.node, *casts, *(() if stays and others else found.nodes)))
+    drops = isinstance(found.p, Node) or found.p != 0
+    words = [norm.kind.replace("_", " ")]
+    words += [f"dropout {found.p}"] if drops else []
+    words += ["residual"] if found.residual is not None else []
+    words += ["sum read again"] if keeps_sum else []
+    return Candidate(
+        anchor=norm.node,
+        nodes=nodes,
+        outputs=(norm.node, found.node) if keeps_sum else (norm.node,),
+        inputs={
+            "x": found.x, "residual": found.residual, "weight": norm["weight"], "bias": norm.arguments.get("bias"),
+        },
+        constants={
+            "p": found.p, "drops": drops, "eps": norm["eps"], "shape": norm["normalized_shape"], "norm": norm.kind,
+            "sum": found.node, "normalised": norm["input"],
+        },
+        variant=", ".join(words),
+        needs_random_numbers=drops,
+        problem=found.problem,
+    )  # fmt: skip
+
+
+def _through_casts(view: GraphView, node: Any) -> tuple[list[Node], Any]:
+    casts = []
+    while view.kind(node) == "cast" and isinstance(node.args[0], Node):
+        casts.append(node)
+        node = node.args[0]
+    return casts, node
+
+
+def _sum_at(view: GraphView, node: Any) -> _Sum | None:
+    op = view.op(node)
+    if op is None or node in view.linears:
+        return None
+    if op.kind == "dropout":
+        return _dropout_alone(view, op)
+    if op.kind != "add" or value_of(op["input"]) is None or value_of(op["other"]) is None:
+        return None
+    if op["alpha"] != 1:
+        problem = Problem(Reason.CONSTANTS, f"{node.name} adds with alpha={op['alpha']}", node)
+        return _Sum(node, op["input"], op["other"], 0, (node,), problem)
+    problem = None
+    if op.in_place and not view.owns_its_input(op):
+        problem = Problem(Reason.MUTATION, f"{node.name} writes into {op['input'].name}, which others may read", node)
+    for branch, residual in ((op["input"], op["other"]), (op["other"], op["input"])):
+        dropout = view.op(branch)
+        is_branch = dropout is not None and dropout.kind == "dropout" and len(branch.users) == 1
+        if is_branch and branch is not residual:
+            inner = _dropout_alone(view, dropout)
+            return _Sum(node, inner.x, residual, inner.p, (node, branch), problem or inner.problem)
+    x, residual = op["input"], op["other"]
+    if not _same_shape_as(x, node):
+        x, residual = residual, x
+    return _Sum(node, x, residual, 0, (node,), problem)
+
+
+def _dropout_alone(view: GraphView, op: Op) -> _Sum:
+    problem = None
+    if op.in_place and not view.owns_its_input(op):
+        problem = Problem(Reason.MUTATION, f"{op.node.name} drops in place what others may read", op.node)
+    if not isinstance(op["training"], bool):
+        problem = Problem(Reason.CONSTANTS, f"{op.node.name}: training is {op['training']}, not a constant", op.node)
+    return _Sum(op.node, op["input"], None, op["p"] if is_active_dropout(op) else 0, (op.node,), problem)
+
+
+def _same_shape_as(a: Node, b: Node) -> bool:
+    x, y = value_of(a), value_of(b)
+    return x is not None and y is not None and same_shape(x.shape, y.shape)
+
+
+def check(view: GraphView, candidate: Candidate) -> Problem | None:
+    constants, anchor = candidate.constants, candidate.anchor
+    x, z = candidate.inputs["x"], constants["sum"]
+    if not _same_shape_as(x, z):
+        return Problem(Reason.BROADCAST, f"{x.name} is smaller than the sum {z.name}", x)
+    shape, value = constants["shape"], value_of(z)
+    assert value is not None
+    if not isinstance(shape, (tuple, list, torch.Size)) or not 0 < len(shape) <= value.dim():
+        return Problem(Reason.CONSTANTS, f"normalized_shape is {shape}, expected a tuple of sizes", anchor)
+    for wanted, size in zip(shape, value.shape[-len(shape) :], strict=True):
+        if isinstance(wanted, Node) or not same_size(wanted, size):
+            return Problem(Reason.CONSTANTS, f"normalized_shape {shape} is not the end of {tuple(value.shape)}", anchor)
+    return _check_dtypes(candidate, value)
+
+
+def _check_dtypes(candidate: Candidate, z: Tensor) -> Problem | None:
+    """The sum must be promoted as PyTorch does, and cast at most once on the way to the result."""
+    operands = [value_of(candidate.inputs[name]) for name in ("x", "residual") if candidate.inputs[name] is not None]
+    dtype = operands[0].dtype  # type: ignore[union-attr]
+    for operand in operands[1:]:
+        dtype = torch.promote_types(dtype, operand.dtype)  # type: ignore[union-attr]
+    if dtype is not z.dtype:
+        return Problem(Reason.DTYPES, f"the sum of {dtype} operands is {z.dtype}", candidate.constants["sum"])
+    normalised, result = value_of(candidate.constants["normalised"]), value_of(candidate.anchor)
+    if normalised is not None and result is not None and normalised.dtype not in (z.dtype, result.dtype):
+        return Problem(
+            Reason.DTYPES, f"{z.dtype} → {normalised.dtype} → {result.dtype} before the norm", candidate.anchor
+        )
+    return None
+
+
+def replace(editor: Editor, candidate: Candidate) -> None:
+    inputs, constants = candidate.inputs, candidate.constants
+    x, residual, z = inputs["x"], inputs["residual"], constants["sum"]
+    z_value, y_value = value_of(z), value_of(candidate.anchor)
+    assert z_value is not None
+    assert y_value is not None
+    norm_dtype = None if y_value.dtype is z_value.dtype else y_value.dtype
+    with editor.at(candidate.outputs, candidate.nodes):
+        if residual is not None and not _same_shape_as(residual, z):
+            residual = editor.call("expand_as", residual, x)
+        seed = editor.call(torch.ops.fuse_pass.seed.default, z_value.device) if constants["drops"] else None
+        p = constants["p"] if constants["drops"] else 0.0
+        eps = _default_eps(y_value.dtype) if constants["eps"] is None else constants["eps"]
+        call = editor.call(
+            torch.ops.fuse_pass.dropout_norm.default, x, residual, inputs["weight"], inputs["bias"], seed, p, eps,
+            len(constants["shape"]), constants["norm"], norm_dtype,
+        )  # fmt: skip
+        outputs = [editor.item(call, i) for i in range(len(candidate.outputs))]
+    for old, new in zip(candidate.outputs, outputs, strict=True):
+        editor.replace(old, new)
+    editor.erase(candidate.nodes)
+
+
+def _default_eps(dtype: torch.dtype) -> float:
+    """RMSNorm without eps takes the machine epsilon of the dtype that it computes in."""
+    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+
+
+PATTERN = Pattern("dropout_norm", find, check, replace, reference, SPELLINGS, example_inputs)

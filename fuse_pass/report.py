@@ -1,0 +1,138 @@
+"""What was fused and what was not, and why: data first, a table on demand."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tabulate import tabulate
+
+
+class Reason(StrEnum):
+    """Why a candidate was left as it was."""
+
+    SECOND_READER = "second reader"
+    MUTATION = "mutation inside"
+    AUTOCAST = "autocast switch inside"
+    GRAD_MODE = "grad-mode switch inside"
+    CONSTANTS = "mismatching constants"
+    SUBCLASS = "tensor subclass"
+    DTYPES = "different dtypes"
+    DEVICES = "different devices"
+    LAYOUT = "view changes the rows"
+    BROADCAST = "dropout before a broadcast"
+    FALLBACK_RANDOM = "fallback_random"
+    FUNCTORCH = "inside a functorch transform"
+    HIGHER_ORDER = "inside a higher-order op"
+    ORDER = "inputs come too late"
+    OVERLAP = "belongs to another match"
+    NO_SECOND_LINEAR = "no Linear reads the activation"
+    OPAQUE = "hidden in one opaque call"
+    PASS_FAILED = "the pass failed"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One replaced occurrence.
+
+    Attributes:
+        pattern: name of the pattern.
+        variant: what was found, e.g. `gelu, dropout 0.1`.
+        where: module path in the model, e.g. `encoder.layer.0`; empty outside modules.
+        source: file and line of the last operation, e.g. `modeling_bert.py:354`.
+        node: name of the last graph node.
+    """
+
+    pattern: str
+    variant: str
+    where: str
+    source: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Decline:
+    """One candidate that was not replaced.
+
+    Attributes:
+        pattern: name of the pattern.
+        reason: the named reason.
+        detail: the reason in this case, in a sentence.
+        where: module path in the model.
+        source: file and line.
+        node: name of the graph node that is the cause.
+    """
+
+    pattern: str
+    reason: Reason
+    detail: str
+    where: str
+    source: str
+    node: str
+
+
+@dataclass
+class Report:
+    """Matches and declines of one or several compiled graphs."""
+
+    matches: list[Match] = field(default_factory=list)
+    declines: list[Decline] = field(default_factory=list)
+    graphs: int = 0
+
+    def counts(self) -> Counter[str]:
+        """Number of matches per pattern; a pattern without a match is absent and reads as 0."""
+        return Counter(match.pattern for match in self.matches)
+
+    def extend(self, other: Report) -> None:
+        self.matches += other.matches
+        self.declines += other.declines
+        self.graphs += other.graphs
+
+    def __str__(self) -> str:
+        parts = [self._summary()]
+        if self.matches:
+            parts.append(_table(("pattern", "where", "source", "variant"), self.matches))
+        if self.declines:
+            parts.append(
+                "Not fused:\n" + _table(("pattern", "where", "source", "node", "reason", "detail"), self.declines)
+            )
+        return "\n\n".join(parts)
+
+    def _summary(self) -> str:
+        fused = ", ".join(f"{count} × {name}" for name, count in sorted(self.counts().items())) or "nothing"
+        return f"Fused {fused} in {self.graphs} graph{'' if self.graphs == 1 else 's'}; declined {len(self.declines)}."
+
+
+def _table(columns: tuple[str, ...], rows: list[Match] | list[Decline]) -> str:
+    return tabulate([[str(getattr(row, column)) for column in columns] for row in rows], headers=columns)
+
+
+_COLLECTORS: ContextVar[tuple[Report, ...]] = ContextVar("fuse_pass_collectors", default=())
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[Report]:
+    """Collects the reports of every graph that fuse_pass compiles in this thread while the context is open.
+
+        with fuse_pass.collect() as report:
+            fast(x)
+        print(report)
+
+    Compilation happens at the first call with new shapes; a call that reuses compiled code adds nothing.
+    """
+    report = Report()
+    token = _COLLECTORS.set((*_COLLECTORS.get(), report))
+    try:
+        yield report
+    finally:
+        _COLLECTORS.reset(token)
+
+
+def publish(report: Report) -> None:
+    """Hands the report of one graph to every open `collect()`."""
+    for collector in _COLLECTORS.get():
+        collector.extend(report)
