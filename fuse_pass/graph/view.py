@@ -175,13 +175,15 @@ class GraphView:
         yield from entries[start:end]
 
     @cached_property
-    def _functorch_positions(self) -> list[int]:
-        return [i for i, node in enumerate(self.nodes) if _FUNCTORCH.search(_module_and_name(node))]
+    def _functorch_switches(self) -> list[tuple[int, int]]:
+        """Positions at which a torch.func transform begins (+1) or ends (-1)."""
+        steps = {"increment": 1, "decrement": -1}
+        found = ((i, _FUNCTORCH.search(getattr(node.target, "__name__", ""))) for i, node in enumerate(self.nodes))
+        return [(i, steps[match[1]]) for i, match in found if match is not None]
 
     def is_in_functorch(self, node: Node) -> bool:
-        """Whether the node lies between the first and the last functorch call of the graph (vmap, grad, jvp, …)."""
-        positions = self._functorch_positions
-        return bool(positions) and positions[0] < self.position[node] < positions[-1]
+        """Whether the node lies inside a torch.func transform (vmap, grad, jvp, …)."""
+        return sum(step for i, step in self._functorch_switches if i < self.position[node]) > 0
 
     def autocast_stack(self, node: Node) -> list[tuple[Any, ...]]:
         """Arguments of the autocast regions of this graph that are open at a node, outermost first."""
@@ -215,9 +217,7 @@ def is_active_dropout(op: Op) -> bool:
 
 # The name of an operation that writes into an argument or sets a state, as Inductor's own pattern matcher tells it.
 _MUTATING_NAME = re.compile(r"(?<!_)(_$|_[.]|(\b|_)(set|enter|exit|seed)(\b|_))(?!_)")
-_FUNCTORCH = re.compile(
-    r"(_vmap|_grad|_jvp|_func)_(increment|decrement)_nesting|_add_batch_dim|_remove_batch_dim|^_functorch|_C\._functorch"
-)
+_FUNCTORCH = re.compile(r"_(increment|decrement)_nesting$")
 _IN_PLACE_OPERATORS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
@@ -256,6 +256,8 @@ def _mutates(node: Node) -> bool:
         return True
     if op is None and _has_in_place_option(node):
         return True
+    if getattr(target, "__module__", None) == "_operator":
+        return False  # `operator.and_` and its like end in an underscore without writing
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return bool(_MUTATING_NAME.search(name))
 
@@ -269,9 +271,3 @@ def _has_in_place_option(node: Node) -> bool:
         return False
     index = code.co_varnames.index("inplace")
     return index < len(node.args) and bool(node.args[index])
-
-
-def _module_and_name(node: Node) -> str:
-    if node.op != "call_function":
-        return ""
-    return f"{getattr(node.target, '__module__', '') or ''}.{getattr(node.target, '__name__', '')}"

@@ -67,6 +67,13 @@ def _normalise(
     return y.to(dtype).contiguous(), mean, rstd
 
 
+def _add(x: Tensor, residual: Tensor | None, residual_first: bool) -> Tensor:
+    """The order of the operands decides the strides of a sum of tensors that are laid out differently."""
+    if residual is None:
+        return x
+    return residual + x if residual_first else x + residual
+
+
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -78,10 +85,11 @@ def _forward(
     normalized_dims: int,
     norm: str,
     norm_dtype: torch.dtype | None,
+    residual_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, z (empty where it would be x itself), mean (empty for RMSNorm) and rstd."""
     z = _dropout(x, seed, p, normalized_dims)
-    z = z if residual is None else z + residual
+    z = _add(z, residual, residual_first)
     y, mean, rstd = _normalise(z, weight, bias, eps, normalized_dims, norm, norm_dtype or z.dtype)
     return y, x.new_empty(0) if z is x else z, mean, rstd
 
@@ -160,8 +168,9 @@ def _fake(
     normalized_dims: int,
     norm: str,
     norm_dtype: torch.dtype | None,
+    residual_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = torch.empty_like(x) if residual is None else x + residual
+    z = torch.empty_like(x) if residual is None else _add(x, residual, residual_first)
     dtype = norm_dtype or z.dtype
     statistics = x.new_empty(
         (*z.shape[: z.dim() - normalized_dims], *(1,) * normalized_dims), dtype=accumulation_dtype(dtype)
@@ -200,7 +209,7 @@ def _fake_backward(
 dropout_norm = define(
     "dropout_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, float eps, int normalized_dims, "
-    "str norm, ScalarType? norm_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    "str norm, ScalarType? norm_dtype, bool residual_first) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     _forward,
     _fake,
 )
@@ -214,7 +223,7 @@ dropout_norm_backward = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype = inputs
+    x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, _ = inputs
     _, z, mean, rstd = output
     ctx.drops = seed is not None and ctx.p != 0
     ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
@@ -276,9 +285,10 @@ def _differentiable_grads(
 
 def _cuda_autocast(op: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
     """CUDA autocast runs norms in float32; CPU autocast leaves them alone (so there is no rule for it)."""
-    *others, norm_dtype = rest
+    *others, norm_dtype, residual_first = rest
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return op(x, residual, *others, torch.float32 if dtype in (torch.float16, torch.bfloat16) else norm_dtype)
+    norm_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else norm_dtype
+    return op(x, residual, *others, norm_dtype, residual_first)
 
 
 define_autograd(dropout_norm, _setup, _autograd)

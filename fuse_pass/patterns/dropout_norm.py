@@ -111,6 +111,7 @@ class _Sum:
     residual: Node | None
     p: Any
     nodes: tuple[Node, ...]
+    residual_first: bool = False
     problem: Problem | None = None
 
 
@@ -148,6 +149,7 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
         constants={
             "p": found.p, "drops": drops, "eps": norm["eps"], "shape": norm["normalized_shape"], "norm": norm.kind,
             "sum": found.node, "normalised": norm["input"],
+            "residual_first": found.residual_first,
         },
         variant=", ".join(words),
         needs_random_numbers=drops,
@@ -171,22 +173,22 @@ def _sum_at(view: GraphView, node: Any) -> _Sum | None:
         return _dropout_alone(view, op)
     if op.kind != "add" or value_of(op["input"]) is None or value_of(op["other"]) is None:
         return None
+    problem = None
     if op["alpha"] != 1:
         problem = Problem(Reason.CONSTANTS, f"{node.name} adds with alpha={op['alpha']}", node)
-        return _Sum(node, op["input"], op["other"], 0, (node,), problem)
-    problem = None
-    if op.in_place and not view.owns_its_input(op):
+    elif op.in_place and not view.owns_its_input(op):
         problem = Problem(Reason.MUTATION, f"{node.name} writes into {op['input'].name}, which others may read", node)
-    for branch, residual in ((op["input"], op["other"]), (op["other"], op["input"])):
+    first, second = op["input"], op["other"]
+    for branch, residual in ((first, second), (second, first)):
         dropout = view.op(branch)
-        is_branch = dropout is not None and dropout.kind == "dropout" and len(branch.users) == 1
-        if is_branch and branch is not residual:
-            inner = _dropout_alone(view, dropout)
-            return _Sum(node, inner.x, residual, inner.p, (node, branch), problem or inner.problem)
-    x, residual = op["input"], op["other"]
-    if not _same_shape_as(x, node):
-        x, residual = residual, x
-    return _Sum(node, x, residual, 0, (node,), problem)
+        if dropout is None or dropout.kind != "dropout" or len(branch.users) != 1 or branch is residual:
+            continue
+        inner = _dropout_alone(view, dropout)
+        nodes = (node, branch)
+        return _Sum(node, inner.x, residual, inner.p, nodes, residual is first, problem or inner.problem)
+    swapped = not _same_shape_as(first, node)
+    x, residual = (second, first) if swapped else (first, second)
+    return _Sum(node, x, residual, 0, (node,), swapped, problem)
 
 
 def _dropout_alone(view: GraphView, op: Op) -> _Sum:
@@ -195,7 +197,7 @@ def _dropout_alone(view: GraphView, op: Op) -> _Sum:
         problem = Problem(Reason.MUTATION, f"{op.node.name} drops in place what others may read", op.node)
     if not isinstance(op["training"], bool):
         problem = Problem(Reason.CONSTANTS, f"{op.node.name}: training is {op['training']}, not a constant", op.node)
-    return _Sum(op.node, op["input"], None, op["p"] if is_active_dropout(op) else 0, (op.node,), problem)
+    return _Sum(op.node, op["input"], None, op["p"] if is_active_dropout(op) else 0, (op.node,), problem=problem)
 
 
 def _same_shape_as(a: Node, b: Node) -> bool:
@@ -249,7 +251,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
         eps = _default_eps(y_value.dtype) if constants["eps"] is None else constants["eps"]
         call = editor.call(
             torch.ops.fuse_pass.dropout_norm.default, x, residual, inputs["weight"], inputs["bias"], seed, p, eps,
-            len(constants["shape"]), constants["norm"], norm_dtype,
+            len(constants["shape"]), constants["norm"], norm_dtype, constants["residual_first"],
         )  # fmt: skip
         outputs = [editor.item(call, i) for i in range(len(candidate.outputs))]
     for old, new in zip(candidate.outputs, outputs, strict=True):
