@@ -84,7 +84,7 @@ class FuseBackend:
         )
         publish(report)
         compiler = compat.inductor_compiler(mode, inductor_options)
-        if report.matches:
+        if _calls_our_ops(fused):
             inner = compat.joint_passes(inductor_options)
             compiler.config["joint_custom_post_pass"] = RecomputeTags(cache_key(configured.options), inner)
         return compiler(fused, example_inputs)  # type: ignore[no-any-return]
@@ -132,6 +132,16 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
                 "Inductor's options are listed by torch._inductor.list_options()"
             )
     return own, rest
+
+
+def _calls_our_ops(module: GraphModule) -> bool:
+    """Whether any graph calls an op of ours, put there by a pattern or by a module of `fuse_pass.nn`."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fuse_pass"
+        for child in module.modules()
+        if isinstance(child, GraphModule)
+        for node in child.graph.nodes
+    )
 
 
 def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None]]:

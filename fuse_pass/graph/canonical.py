@@ -134,6 +134,8 @@ _TABLE: tuple[_Row, ...] = (
     ("selu", _unary_in_place_option, (F.selu, torch.selu, aten.selu.default)),
     ("silu", _unary_in_place_option, (F.silu, aten.silu.default)),
     ("mish", _unary_in_place_option, (F.mish, aten.mish.default)),
+    # a whole nn.TransformerEncoderLayer in eval, as one call
+    ("encoder_layer", _variadic, (torch._transformer_encoder_layer_fwd,)),
 )
 
 # Spellings that write into their first argument, by the spelling that does not.

@@ -64,21 +64,20 @@ class Editor:
     def at(self, outputs: Sequence[Node], group: Iterable[Node]) -> Iterator[None]:
         """Inserts before the first outside reader of any output, at the latest where the group ends."""
         members = set(group)
-        position = self._view.position
-        last = max(members, key=position.__getitem__)
-        readers = [user for node in outputs for user in node.users if user not in members and user in position]
-        point = min([last, *readers], key=position.__getitem__)
+        last = max(members, key=self._view.position.__getitem__)
+        # Calls that earlier replacements have added count as readers; nodes compare by their place in the graph.
+        point = min([last, *(user for node in outputs for user in node.users if user not in members)])
         self._like = last
         with self._graph.inserting_before(point):
             yield
 
-    def call(self, target: Callable[..., Any] | str, *arguments: Any) -> Node:
+    def call(self, target: Callable[..., Any] | str, *arguments: Any, **options: Any) -> Node:
         """Adds a call (of a function, or of a method if `target` is a name) and computes its fake value."""
-        arguments = map_arg(arguments, self.current)
+        arguments, options = map_arg((arguments, options), self.current)
         kind = "call_method" if isinstance(target, str) else "call_function"
-        node = self._graph.create_node(kind, target, arguments)
+        node = self._graph.create_node(kind, target, arguments, options)
         node.meta.update({key: self._like.meta[key] for key in _PROVENANCE if key in self._like.meta})
-        node.meta["example_value"] = self._fake_result(target, arguments)
+        node.meta["example_value"] = self._fake_result(target, arguments, options)
         return node
 
     def item(self, node: Node, index: int) -> Node:
@@ -107,8 +106,10 @@ class Editor:
                 ):
                     self._graph.erase_node(source)
 
-    def _fake_result(self, target: Callable[..., Any] | str, arguments: tuple[Any, ...]) -> Any:
-        values = map_arg(arguments, lambda node: node.meta["example_value"])
+    def _fake_result(
+        self, target: Callable[..., Any] | str, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        values, named = map_arg((arguments, options), lambda node: node.meta["example_value"])
         with contextlib.ExitStack() as stack:
             # The mode of the neighbours: the one that is active while a backend runs is another and must not be mixed in.
             like = value_of(self._like)
@@ -118,8 +119,8 @@ class Editor:
             for device_type, dtype, enabled, cache in self._view.autocast_stack(self._like):
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
             if isinstance(target, str):
-                return getattr(values[0], target)(*values[1:])
-            return target(*values)
+                return getattr(values[0], target)(*values[1:], **named)
+            return target(*values, **named)
 
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
@@ -133,9 +134,9 @@ def require_same_value(old: Node, new: Node) -> None:
     for what, x, y in (("dtype", a.dtype, b.dtype), ("device", a.device, b.device), ("layout", a.layout, b.layout)):
         if x != y:
             raise RewriteError(f"{old.name} → {new.name}: expected {what} {x}, got {y}")
-    for what, x, y in (("shape", a.shape, b.shape), ("strides", a.stride(), b.stride())):
-        if not same_shape(x, y):
-            raise RewriteError(f"{old.name} → {new.name}: expected {what} {tuple(x)}, got {tuple(y)}")
+    for what, before, after in (("shape", a.shape, b.shape), ("strides", a.stride(), b.stride())):
+        if not same_shape(before, after):
+            raise RewriteError(f"{old.name} → {new.name}: expected {what} {tuple(before)}, got {tuple(after)}")
 
 
 def require_same_outputs(before: GraphModule, after: GraphModule) -> None:
@@ -152,4 +153,4 @@ def require_same_outputs(before: GraphModule, after: GraphModule) -> None:
 
 
 def _outputs(module: GraphModule) -> list[Node]:
-    return module.graph.find_nodes(op="output")[0].all_input_nodes
+    return list(module.graph.output_node().all_input_nodes)

@@ -225,7 +225,7 @@ def same(a: Polynomial, b: Polynomial, tolerance: float) -> bool:
 
 def same_structure(a: Polynomial, b: Polynomial) -> bool:
     """Whether two normal forms differ in their constants at most."""
-    return _structure(a) == _structure(b)
+    return bool(_structure(a) == _structure(b))
 
 
 def first_difference(a: Polynomial, b: Polynomial, tolerance: float) -> tuple[float, float] | None:

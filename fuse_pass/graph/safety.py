@@ -39,7 +39,7 @@ def find_problem(
         or _circular(group, tensors)
         or _crossing(view, group)
         or _tensor_kind([*tensors, *group])
-        or _devices(tensors)
+        or _devices([*tensors, *group])
         or _functorch(view, group)
         or _order(view, group, outputs, tensors)
     )
@@ -94,8 +94,9 @@ def _devices(tensors: list[Node]) -> Problem | None:
 
 
 def _functorch(view: GraphView, group: list[Node]) -> Problem | None:
-    if view.is_in_functorch(group[0]):
-        return Problem(Reason.FUNCTORCH, f"{group[0].name} is batched or differentiated by torch.func", group[0])
+    for node in group:
+        if view.is_in_functorch(node):
+            return Problem(Reason.FUNCTORCH, f"{node.name} is batched or differentiated by torch.func", node)
     return None
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch.fx import Graph, Node
 
 from fuse_pass.graph.canonical import Op, canonical, is_weight_transpose
@@ -94,7 +95,8 @@ class GraphView:
         if op.kind == "matmul":
             return self._layer(node, op["input"], op["other"], None, transposed=True)
         if op.kind == "add" and op["alpha"] == 1:
-            for product, bias in ((op["input"], op["other"]), (op["other"], op["input"])):
+            operands = [(op["input"], op["other"]), (op["other"], op["input"])]
+            for product, bias in operands[:1] if op.in_place else operands:  # `bias += product` writes into the bias
                 inner = found.get(product) if isinstance(product, Node) else None
                 if inner is not None and inner.bias is None and len(product.users) == 1:
                     layer = self._layer(node, inner.input, inner.weight, bias, transposed=inner.transposed)
@@ -154,7 +156,7 @@ class GraphView:
                 return True
             if source is None or source.kind == "getitem":
                 return False
-            is_alias = source.in_place or source.kind in _ALIASING or _is_inactive_dropout(source)
+            is_alias = source.in_place or source.kind in _ALIASING or _may_return_its_input(source)
             if not is_alias:
                 return True
             node = source["input"]
@@ -193,8 +195,8 @@ class GraphView:
                 break
             if candidate.target is torch.amp.autocast_mode._enter_autocast:
                 stack.append(candidate)
-            elif candidate.args[0] in stack:
-                stack.remove(candidate.args[0])
+            else:
+                stack = [enter for enter in stack if enter is not candidate.args[0]]
         return [enter.args for enter in stack]
 
     @cached_property
@@ -206,8 +208,11 @@ class GraphView:
 _ALIASING = ("reshape", "cast", "matrix_transpose", "transpose", "permute", "getattr")
 
 
-def _is_inactive_dropout(op: Op) -> bool:
-    return op.kind == "dropout" and not is_active_dropout(op)
+def _may_return_its_input(op: Op) -> bool:
+    """Whether a dropout is inactive, or could turn out so at run time."""
+    if op.kind != "dropout":
+        return False
+    return not is_active_dropout(op) or not isinstance(op["p"], (int, float)) or op["training"] is not True
 
 
 def is_active_dropout(op: Op) -> bool:
@@ -216,13 +221,19 @@ def is_active_dropout(op: Op) -> bool:
 
 
 # The name of an operation that writes into an argument or sets a state, as Inductor's own pattern matcher tells it.
-_MUTATING_NAME = re.compile(r"(?<!_)(_$|_[.]|(\b|_)(set|enter|exit|seed)(\b|_))(?!_)")
+_MUTATING_NAME = re.compile(
+    r"(?<!_)(_$|_[.]|(\b|_)(set|enter|exit|seed)(\b|_))(?!_)"
+    r"|^__(setitem|delitem|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))__$"
+)
 _FUNCTORCH = re.compile(r"_(increment|decrement)_nesting$")
 _IN_PLACE_OPERATORS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
     operator.setitem, operator.delitem,
 )  # fmt: skip
+# `max_norm` rescales the weight of an embedding, the running mean of a batch norm is updated.
+_WRITING_OPTIONS = ("max_norm", "running_mean")
+_NUMPY_CALLS = (numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper)
 _GRAD_SWITCHES = (torch._C._set_grad_enabled, torch.autograd.grad_mode.set_grad_enabled)
 _AUTOCAST_SWITCHES = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
@@ -254,20 +265,19 @@ def _mutates(node: Node) -> bool:
     op = canonical(node)
     if op is not None and op.in_place:
         return True
-    if op is None and _has_in_place_option(node):
+    if op is None and _writes_by_option(node):
         return True
+    if isinstance(target, _NUMPY_CALLS):
+        return True  # they see the memory of the tensor behind an array
     if getattr(target, "__module__", None) == "_operator":
         return False  # `operator.and_` and its like end in an underscore without writing
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return bool(_MUTATING_NAME.search(name))
 
 
-def _has_in_place_option(node: Node) -> bool:
-    """Calls outside the table of canonical operations: any true argument named (or standing for) `inplace`."""
-    if node.kwargs.get("inplace"):
-        return True
+def _writes_by_option(node: Node) -> bool:
+    """Calls outside the table of canonical operations: by an argument that makes the function write into another."""
     code = getattr(node.target, "__code__", None)
-    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
-        return False
-    index = code.co_varnames.index("inplace")
-    return index < len(node.args) and bool(node.args[index])
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return bool(given.get("inplace")) or any(given.get(name) is not None for name in _WRITING_OPTIONS)

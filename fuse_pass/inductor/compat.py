@@ -34,7 +34,8 @@ def register_decomposition(op: torch._ops.OpOverload, body: Callable[..., Any]) 
 
 def inductor_seed(device: torch.device) -> torch.Tensor:
     """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
-    return torch.ops.prims.inductor_seed(device)
+    seed: torch.Tensor = torch.ops.prims.inductor_seed(device)
+    return seed
 
 
 def onednn_linear() -> torch._ops.OpOverload | None:
@@ -61,16 +62,20 @@ def is_inductor_option(name: str) -> bool:
     return name.replace("-", "_") in inductor_config.get_config_copy()
 
 
+def _option(options: Mapping[str, Any], name: str) -> Any:
+    """The value that will hold during compilation; Inductor reads dashes in the name of an option as underscores."""
+    given = {key.replace("-", "_"): value for key, value in options.items()}
+    return given.get(name, getattr(inductor_config, name, None))
+
+
 def draws_stock_random_numbers(options: Mapping[str, Any]) -> bool:
     """Whether the user asked for eager's random numbers, which our own generator cannot give."""
-    return any(
-        options.get(name, getattr(inductor_config, name, False)) for name in ("fallback_random", "align_random_eager")
-    )
+    return any(_option(options, name) for name in ("fallback_random", "align_random_eager"))
 
 
 def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], ...]:
     """The user's own passes on the joint graph: one, or from torch 2.13 on a list."""
-    passes = options.get("joint_custom_post_pass", inductor_config.joint_custom_post_pass)
+    passes = _option(options, "joint_custom_post_pass")
     if not passes:
         return ()
     return tuple(passes) if isinstance(passes, (list, tuple)) else (passes,)

@@ -50,11 +50,11 @@ def provider(device: torch.device, dtype: torch.dtype, flop: int | None, *, with
 
 @functools.cache
 def table() -> dict[str, str]:
-    """The probe's verdicts for this machine, torch version and thread count; read from the cache file if there is one."""
+    """The probe's verdicts for this machine, torch version and thread count; from the cache file if there is one."""
     if compat.onednn_linear() is None:
         return {}
     path = _cache_file()
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # absent, unreadable, or not what we wrote
         return dict(json.loads(path.read_text())["providers"])
     measured = _probe()
     _write(path, {"machine": _machine(), "providers": measured})

@@ -1,7 +1,7 @@
 """The activations that may stand between two Linear layers: forward, gradient, and their name in oneDNN.
 
-Gradients are functions of the pre-activation `h` alone, so that nothing else is saved. Half types are computed in float32
-inside each aten call.
+Gradients are functions of the pre-activation `h` alone, so that nothing else is saved. Half types are computed in
+float32 inside each aten call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,18 @@ class Activation:
 
 def _quick_gelu_backward(grad: Tensor, h: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(QUICK_GELU_SLOPE * h)
-    return grad * (sigmoid + QUICK_GELU_SLOPE * h * sigmoid * (1 - sigmoid))
+    # In this order no product overflows: for a huge h the factor `1 - sigmoid` is an exact 0.
+    return grad * (sigmoid + QUICK_GELU_SLOPE * (h * (sigmoid * (1 - sigmoid))))
+
+
+def _prelu(h: Tensor, arguments: Arguments, weight: Tensor | None) -> Tensor:
+    assert weight is not None
+    return torch.where(h > 0, h, weight * h)
+
+
+def _prelu_backward(grad: Tensor, h: Tensor, arguments: Arguments, weight: Tensor | None) -> Tensor:
+    assert weight is not None
+    return torch.where(h > 0, grad, weight * grad)
 
 
 def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -92,8 +103,8 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         Activation(
             "prelu",
-            lambda h, a, w: torch.where(h > 0, h, w * h),
-            lambda g, h, a, w: torch.where(h > 0, g, w * g),
+            _prelu,
+            _prelu_backward,
         ),
         Activation(
             "elu",

@@ -70,7 +70,9 @@ def _gemm_onednn(
         raise RuntimeError(
             "fuse_pass::gemm needs oneDNN (torch.backends.mkldnn.is_available()), which this build of PyTorch lacks"
         )
-    result: Tensor = linear(_dense_rows(a), _dense_rows(b), bias, attribute, arguments, algorithm)
+    # oneDNN reads a bias as if it were contiguous, whatever its strides.
+    packed_bias = None if bias is None else bias.contiguous()
+    result: Tensor = linear(_dense_rows(a), _dense_rows(b), packed_bias, attribute, arguments, algorithm)
     return result
 
 

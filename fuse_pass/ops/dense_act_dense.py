@@ -1,6 +1,7 @@
 """Linear → activation → [dropout] → Linear as one op: `y = dropout(act(x W1ᵀ + b1)) W2ᵀ + b2`.
 
-Shapes: x `[..., d_in]`, weight1 `[d_hidden, d_in]`, weight2 `[d_out, d_hidden]`, y `[..., d_out]`, h `[rows, d_hidden]`.
+Shapes: x `[..., d_in]`, weight1 `[d_hidden, d_in]`, weight2 `[d_out, d_hidden]`, y `[..., d_out]`,
+h `[rows, d_hidden]`.
 
 Saved for backward are x, the pre-activation h and the seed; `act(h)` and the dropout mask are recomputed. Three ops:
 
@@ -21,7 +22,14 @@ from torch import Tensor
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.dense import product, product_with_activation, rows_of
-from fuse_pass.ops.library import accumulation_dtype, cast_for_autocast, define, define_autocast, define_autograd
+from fuse_pass.ops.library import (
+    accumulation_dtype,
+    cast_for_autocast,
+    define,
+    define_autocast,
+    define_autograd,
+    placeholders,
+)
 
 _TAIL_SCHEMA = (
     "Tensor weight2, Tensor? bias2, Tensor? act_weight, Tensor? seed, float p, str activation, float[] act_arguments"
@@ -95,8 +103,8 @@ def _tail_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
     need_h, need_weight2, need_bias2, need_act_weight = output_mask
-    grad, h2d, none = rows_of(grad_y), rows_of(h), h.new_empty(0)
-    grad_h = grad_weight2 = grad_bias2 = grad_act_weight = none
+    grad, h2d = rows_of(grad_y), rows_of(h)
+    grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
     if need_weight2:
         a = _activate(h2d, act_weight, seed, p, activation, act_arguments)
         grad_weight2 = product(grad.t(), a.t())
@@ -138,11 +146,11 @@ def _backward(
         grad_y, h, weight2, act_weight, seed, p, activation, act_arguments,
         [need_x or need_weight1 or need_bias1, *need_tail],
     )  # fmt: skip
-    none = h.new_empty(0)
+    no_x, no_weight1, no_bias1 = placeholders(h, 3)
     return (
-        product(grad_h, weight1.t()).view(x.shape) if need_x else none,
-        product(grad_h.t(), rows_of(x).t()) if need_weight1 else none,
-        grad_h.sum(0) if need_bias1 else none,
+        product(grad_h, weight1.t()).view(x.shape) if need_x else no_x,
+        product(grad_h.t(), rows_of(x).t()) if need_weight1 else no_weight1,
+        grad_h.sum(0) if need_bias1 else no_bias1,
         grad_weight2,
         grad_bias2,
         grad_act_weight,
@@ -289,7 +297,7 @@ def _differentiable_grads(
             arguments[i] = value
         return formula(*arguments, *settings)
 
-    _, vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+    _, vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))  # type: ignore[misc]  # 2 results without aux
     grads = dict(zip(wanted, vjp(grad_y), strict=True))
     return tuple(grads.get(i, grad_y) for i in range(len(needed)))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fuse_pass.ops import rng
-from fuse_pass.ops.library import accumulation_dtype, define, define_autocast, define_autograd
+from fuse_pass.ops.library import accumulation_dtype, define, define_autocast, define_autograd, placeholders
 
 LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
 
@@ -114,9 +114,10 @@ def _backward(
     """
     need_z, need_x, need_weight, need_bias = output_mask
     dtype = norm_dtype or z.dtype
-    wide, none = accumulation_dtype(dtype), z.new_empty(0)
+    wide = accumulation_dtype(dtype)
     rows = list(range(z.dim() - normalized_dims))
-    grad_weight = grad_bias = none
+    no_z, no_x, no_weight, no_bias = placeholders(z, 4)
+    grad_weight, grad_bias = no_weight, no_bias
     if grad_y is None:
         assert grad_z is not None
         grad = grad_z
@@ -138,13 +139,13 @@ def _backward(
             grad = grad - grad_normalised.mean(dims, keepdim=True)
         grad = (grad * rstd).to(dtype).to(z.dtype)
         grad = grad if grad_z is None else grad + grad_z
-    grad_x = _dropout(grad, seed, p, normalized_dims) if need_x else none
+    grad_x = _dropout(grad, seed, p, normalized_dims) if need_x else no_x
     # Results of an op may alias neither its arguments nor each other.
     return (
-        grad.clone(memory_format=torch.contiguous_format) if need_z else none,
+        grad.clone(memory_format=torch.contiguous_format) if need_z else no_z,
         grad_x.contiguous(),
-        grad_weight if need_weight else none,
-        grad_bias.clone() if need_bias else none,
+        grad_weight if need_weight else no_weight,
+        grad_bias.clone() if need_bias else no_bias,
     )
 
 
@@ -269,13 +270,12 @@ def _differentiable_grads(
     grad_weight = grad_bias = z.new_zeros(z.shape[z.dim() - ctx.normalized_dims :])
     if grad_y is not None:
         parameters = () if weight is None else (weight,)
-        _, vjp = torch.func.vjp(
-            lambda z, *weight: _normalise(
-                z, *(weight or (None,)), None, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype or z.dtype
-            )[0],
-            z,
-            *parameters,
-        )
+
+        def normalise(z: Tensor, weight: Tensor | None = None) -> Tensor:
+            dtype = ctx.norm_dtype or z.dtype
+            return _normalise(z, weight, None, ctx.eps, ctx.normalized_dims, ctx.norm, dtype)[0]
+
+        _, vjp = torch.func.vjp(normalise, z, *parameters)  # type: ignore[misc]  # 2 results without aux
         grad, *of_weight = vjp(grad_y)
         grad = grad if grad_z is None else grad + grad_z
         grad_weight = of_weight[0] if of_weight else grad_weight

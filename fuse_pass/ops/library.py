@@ -1,7 +1,8 @@
 """Defines an op once for all that must know it: dispatcher, fake tensors, autograd, autocast and Inductor.
 
-Every op of fuse_pass is opaque to autograd (we decide what is saved for backward) and, unless it wraps a library kernel,
-transparent to Inductor: its eager body is registered as its decomposition, so that it fuses with its neighbours.
+Every op of fuse_pass is opaque to autograd (we decide what is saved for backward) and, unless it wraps a library
+kernel, transparent to Inductor: its eager body is registered as its decomposition, so that it fuses with its
+neighbours.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fuse_pass.inductor import compat
 
@@ -69,6 +71,11 @@ def cast_for_autocast(value: Any, device_type: str) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
         return value.to(torch.get_autocast_dtype(device_type)) if value.device.type == device_type else value
     return value
+
+
+def placeholders(like: Tensor, count: int) -> list[Tensor]:
+    """Empty tensors for results that nobody asked for: one each, for the results of an op may not alias."""
+    return [like.new_empty(0) for _ in range(count)]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node, symbolic_trace
 
+from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.expression import (
     Expression,
     Polynomial,
@@ -25,7 +26,7 @@ from fuse_pass.graph.expression import (
     same_structure,
 )
 from fuse_pass.graph.safety import Problem
-from fuse_pass.graph.shapes import value_of
+from fuse_pass.graph.shapes import same_size, value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.report import Reason
 
@@ -98,7 +99,16 @@ def _called(view: GraphView, node: Node) -> FoundActivation | None:
         return None
     arguments = tuple(op[name] for name in _CALLED[op.kind])
     weight = op["weight"] if op.kind == "prelu" else None
-    return FoundActivation(op.kind, arguments, weight, op["input"], (node,))
+    return FoundActivation(op.kind, arguments, weight, op["input"], (node,), _slope_of_another_dimension(op, weight))
+
+
+def _slope_of_another_dimension(op: Op, weight: Node | None) -> Problem | None:
+    """PReLU's slope per channel belongs to dimension 1, which must be the last."""
+    slope, value = value_of(weight), value_of(op["input"])
+    if slope is None or same_size(slope.numel(), 1) or (value is not None and value.dim() == 2):
+        return None
+    assert weight is not None
+    return Problem(Reason.LAYOUT, f"the slopes {weight.name} belong to dimension 1, not to the last", weight)
 
 
 def _written_out(view: GraphView, node: Node) -> FoundActivation | None:
@@ -129,7 +139,7 @@ def _written_out(view: GraphView, node: Node) -> FoundActivation | None:
 def _cast_inside(view: GraphView, expression: Expression) -> Problem | None:
     for node in expression.nodes:
         op, after = view.op(node), value_of(node)
-        if op is not None and op.kind == "cast" and after is not None:
+        if op is not None and op.kind in ("cast", "reshape") and after is not None:
             before = value_of(op["input"])
             if before is None or before.dtype is not after.dtype:
                 return Problem(Reason.DTYPES, f"{node.name} casts inside the activation", node)

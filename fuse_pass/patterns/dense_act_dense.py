@@ -22,11 +22,11 @@ from torch.fx import Node
 
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
-from fuse_pass.graph.shapes import same_shape, value_of
+from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
-from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
 from fuse_pass.report import Reason
 
 
@@ -47,7 +47,8 @@ def reference(
     a = ACTIVATIONS[activation].forward(F.linear(x, weight1, bias1), arguments, act_weight)
     if keep is not None:
         a = torch.where(keep, a / (1 - p), 0.0) if p < 1 else torch.zeros_like(a)
-    return F.linear(a, weight2, bias2)
+    result: Tensor = F.linear(a, weight2, bias2)
+    return result
 
 
 def example_inputs(
@@ -130,6 +131,7 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     for node in view.nodes:
         if node not in explained:
             yield from _without_second_linear(view, node)
+    yield from hidden_in_encoder_layers(view)
 
 
 def _ending_in(view: GraphView, second: Linear, taken: Set[Node]) -> tuple[Candidate | None, FoundActivation | None]:
@@ -198,7 +200,11 @@ def _candidate(
         constants=constants,
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=_problem_on_the_way(walks) or activation.problem,
+        problem=_problem_on_the_way(walks)
+        or activation.problem
+        or _problem_of_bias(first)
+        or _problem_of_bias(second)
+        or _problem_of_width(first, second),
     )
 
 
@@ -208,6 +214,22 @@ def _problem_on_the_way(walks: list[Walk]) -> Problem | None:
             return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
         if walk.moves_rows is not None:
             return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
+    return None
+
+
+def _problem_of_bias(layer: Linear) -> Problem | None:
+    """An addition promotes, and stays outside autocast; a Linear does neither."""
+    product, bias = value_of(layer.nodes[0]), value_of(layer.bias)
+    if len(layer.nodes) > 1 and product is not None and bias is not None and product.dtype is not bias.dtype:
+        return Problem(Reason.DTYPES, f"{layer.node.name} adds a bias of {bias.dtype} to {product.dtype}", layer.node)
+    return None
+
+
+def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
+    """A written-out activation may have multiplied a value with its own reshaped self."""
+    before, after = value_of(first.node), value_of(second.input)
+    if before is None or after is None or not same_size(before.shape[-1], after.shape[-1]):
+        return Problem(Reason.LAYOUT, f"{second.input.name} is not as wide as {first.node.name}", second.input)
     return None
 
 
@@ -231,10 +253,6 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
     if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
-    slope = candidate.inputs["act_weight"]
-    slope_value = value_of(slope)
-    if slope is not None and slope_value is not None and slope_value.numel() != 1 and x.dim() != 2:
-        return Problem(Reason.LAYOUT, "PReLU's slope per channel belongs to dimension 1, not to the last", slope)
     return None
 
 

@@ -2,7 +2,8 @@
 
 Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does an
 inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual stream of a
-pre-norm block, it becomes a second output. A cast before the norm is taken over.
+pre-norm block, it becomes a second output. A cast before the norm is taken over, and a view that keeps the rows moves
+behind it.
 
 Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies inside;
 the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are computed after
@@ -25,7 +26,7 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
-from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
 from fuse_pass.report import Reason
 
 
@@ -76,6 +77,18 @@ def _dropout_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(z, (24,), w, b) * r + z
 
 
+def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Swin: the window attention's rows are put back into a sequence, which is the residual stream."""
+    stream = (r + F.dropout(x, 0.25)).reshape(1, -1, x.shape[-1])
+    return stream, F.layer_norm(stream, (24,), w, b)
+
+
+def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Swin: the window attention's rows are put back into a sequence, which is the residual stream."""
+    stream = (r + F.dropout(x, 0.25)).reshape(1, -1, x.shape[-1])
+    return stream, F.layer_norm(stream, (24,), w, b)
+
+
 # Called as f(x, residual, weight, bias); each must be found once.
 SPELLINGS: dict[str, Any] = {
     "dropout, norm": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25), (24,), w, b),
@@ -98,6 +111,8 @@ SPELLINGS: dict[str, Any] = {
     "rms_norm, default eps": lambda x, r, w, b: F.rms_norm(x + r, (24,)),
     "broadcast residual": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r[:1], (24,), w, b),
     "broadcast operand": lambda x, r, w, b: F.layer_norm(x[0] + r, (24,), w, b),
+    "reshaped": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).view(-1, 24), (24,), w, b),
+    "reshaped and read again": _reshaped_and_read_again,
     "cast": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).double(), (24,)),
 }
 
@@ -122,18 +137,21 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
             candidate = _ending_in(view, op)
             if candidate is not None:
                 yield candidate
+    yield from hidden_in_encoder_layers(view)
 
 
 def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
-    casts, z_node = _through_casts(view, norm["input"])
+    path = _up_to_the_sum(view, norm["input"])
+    z_node = path[-1].args[0] if path else norm["input"]
     found = _sum_at(view, z_node)
     if found is None:
         return None
+    vanishing = _read_by_nobody_else(path, norm.node)
     # Whatever else reads the sum gets it as a second output, unless it is a value that stays where it is.
     stays = found.residual is None and found.p == 0
-    others = [user for user in found.node.users if user not in (norm.node, *casts)]
+    others = [user for user in found.node.users if user not in (norm.node, *vanishing)]
     keeps_sum = bool(others) and not stays
-    nodes = frozenset((norm.node, *casts, *(() if stays and others else found.nodes)))
+    nodes = frozenset((norm.node, *vanishing, *(() if stays and others else found.nodes)))
     drops = isinstance(found.p, Node) or found.p != 0
     words = [norm.kind.replace("_", " ")]
     words += [f"dropout {found.p}"] if drops else []
@@ -148,8 +166,8 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
         },
         constants={
             "p": found.p, "drops": drops, "eps": norm["eps"], "shape": norm["normalized_shape"], "norm": norm.kind,
-            "sum": found.node, "normalised": norm["input"],
-            "residual_first": found.residual_first,
+            "sum": found.node, "normalised": norm["input"], "residual_first": found.residual_first,
+            "reshapes": tuple(node for node in reversed(path) if view.kind(node) == "reshape"),
         },
         variant=", ".join(words),
         needs_random_numbers=drops,
@@ -157,12 +175,24 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
     )  # fmt: skip
 
 
-def _through_casts(view: GraphView, node: Any) -> tuple[list[Node], Any]:
-    casts = []
-    while view.kind(node) == "cast" and isinstance(node.args[0], Node):
-        casts.append(node)
+def _up_to_the_sum(view: GraphView, node: Any) -> list[Node]:
+    """The casts and reshapes between the norm (first) and the sum (last)."""
+    path = []
+    while view.kind(node) in ("cast", "reshape") and node.args and isinstance(node.args[0], Node):
+        path.append(node)
         node = node.args[0]
-    return casts, node
+    return path
+
+
+def _read_by_nobody_else(path: list[Node], reader: Node) -> list[Node]:
+    """The part of the path that only leads to the norm; what others read stays, and so does everything above it."""
+    vanishing = []
+    for node in path:
+        if set(node.users) != {reader}:
+            break
+        vanishing.append(node)
+        reader = node
+    return vanishing
 
 
 def _sum_at(view: GraphView, node: Any) -> _Sum | None:
@@ -217,6 +247,10 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
     for wanted, size in zip(shape, value.shape[-len(shape) :], strict=True):
         if isinstance(wanted, Node) or not same_size(wanted, size):
             return Problem(Reason.CONSTANTS, f"normalized_shape {shape} is not the end of {tuple(value.shape)}", anchor)
+    for reshape in constants["reshapes"]:
+        reshaped = value_of(reshape)
+        if reshaped is None or not same_shape(reshaped.shape[-len(shape) :], value.shape[-len(shape) :]):
+            return Problem(Reason.LAYOUT, f"{reshape.name} changes the normalised dimensions", reshape)
     return _check_dtypes(candidate, value)
 
 
@@ -254,6 +288,9 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             len(constants["shape"]), constants["norm"], norm_dtype, constants["residual_first"],
         )  # fmt: skip
         outputs = [editor.item(call, i) for i in range(len(candidate.outputs))]
+    with editor.at((candidate.anchor,), (candidate.anchor,)):  # the sizes of a reshape may be computed late
+        for reshape in constants["reshapes"]:
+            outputs[0] = editor.call(reshape.target, outputs[0], *reshape.args[1:], **reshape.kwargs)
     for old, new in zip(candidate.outputs, outputs, strict=True):
         editor.replace(old, new)
     editor.erase(candidate.nodes)

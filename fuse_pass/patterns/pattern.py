@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -74,6 +75,15 @@ class Pattern:
     reference: Callable[..., Any]
     spellings: Mapping[str, Callable[..., Any]]
     example_inputs: Callable[..., dict[str, Any]] = field(repr=False)
+
+
+def hidden_in_encoder_layers(view: GraphView) -> Iterator[Candidate]:
+    """PyTorch's fast path runs a whole `nn.TransformerEncoderLayer` in one call; its patterns are near misses."""
+    for node in view.nodes:
+        if view.kind(node) == "encoder_layer":
+            detail = "nn.TransformerEncoderLayer runs as one call; fuse_pass.compile switches this fast path off"
+            problem = Problem(Reason.OPAQUE, detail, node)
+            yield Candidate(node, frozenset((node,)), (), {}, {}, "encoder layer", problem=problem)
 
 
 def apply(pattern: Pattern, graph: Graph, situation: Situation) -> Report:
@@ -157,9 +167,13 @@ def _path_of(node: Node) -> list[str] | None:
     return [part for part in path.split(".") if part and part not in ("_modules", "_orig_mod")]
 
 
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
 def source_line(node: Node) -> str:
     """`file.py:12` of the line that the node came from; empty where Dynamo recorded none."""
     frames = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = [(path, line) for path, line in frames if not path.startswith(_PACKAGE)]
     if not frames:
         return ""
     path, line = frames[-1]

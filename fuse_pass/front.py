@@ -1,0 +1,66 @@
+"""`fuse_pass.compile`: `torch.compile` with our backend, and with what must be set before a model is traced."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuse_pass.backend import FuseBackend, split_options
+
+# Their fast path in eval is one opaque call, in which no pattern can be seen.
+_WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def compile(
+    model: Callable[..., Any] | None = None,
+    *,
+    patterns: Iterable[str] | None = None,
+    strict: bool = False,
+    **torch_compile_kwargs: Any,
+) -> Any:
+    """`torch.compile(model, backend=FuseBackend(patterns, strict=strict), **torch_compile_kwargs)`, set up for fusion.
+
+    Options are checked at once, and not at the first call. For models with `nn.TransformerEncoder` or
+    `nn.MultiheadAttention`, PyTorch's fast path for these layers is switched off while the compiled model runs (and only
+    then): it would hide both patterns in one opaque call.
+
+    Args:
+        model: module or function; None to use `compile` as a decorator.
+        patterns: names of the patterns to apply; None for all.
+        strict: raise where a pass fails, instead of warning and compiling the untouched graph.
+        **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
+
+    Raises:
+        ValueError: an unknown pattern name or option.
+        TypeError: `backend` is given, or an argument that `torch.compile` does not know.
+    """
+    if "backend" in torch_compile_kwargs:
+        raise TypeError(
+            "fuse_pass.compile always uses the fuse_pass backend and takes no `backend`; "
+            "for another one call torch.compile"
+        )
+    backend = FuseBackend(patterns, strict=strict)
+    split_options(torch_compile_kwargs.get("options") or {})
+    if model is None:
+        return functools.partial(compile, patterns=patterns, strict=strict, **torch_compile_kwargs)
+    compiled: Any = torch.compile(model, backend=backend, **torch_compile_kwargs)
+    if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
+        compiled.forward = _without_fast_path(compiled.forward)
+    return compiled
+
+
+def _without_fast_path(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+    return run

@@ -1,0 +1,44 @@
+"""When a layer may hand its tensors to a fused op; otherwise it runs its `torch.nn` parts one by one.
+
+The parts are real `torch.nn` modules, so users may hook, prune, parametrise or replace them. Whatever a fused op cannot
+honour, wrong input included, goes to the parts: they do the right thing, or raise what `torch.nn` raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_untouched(part: nn.Module, expected: type[nn.Module]) -> bool:
+    """Whether a part is exactly the `torch.nn` module it was built as, with no hook on it that a fused op would skip."""
+    hooks = (
+        part._forward_hooks,
+        part._forward_pre_hooks,
+        part._backward_hooks,
+        part._backward_pre_hooks,
+    )
+    return type(part) is expected and "forward" not in vars(part) and not any(hooks)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary strided floating-point tensors (or Parameters) on one device, outside torch.func."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and tensor.device == present[0].device
+        and not _is_transformed(tensor)
+        for tensor in present
+    )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap, grad or their like wrap the tensor."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
