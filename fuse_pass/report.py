@@ -32,7 +32,27 @@ class Reason(StrEnum):
     OVERLAP = "belongs to another match"
     NO_SECOND_LINEAR = "no Linear reads the activation"
     OPAQUE = "hidden in one opaque call"
-    PASS_FAILED = "the pass failed"
+
+
+ADVICE: dict[Reason, str] = {
+    Reason.SECOND_READER: "nothing, if the other reader needs the value; else remove the hook or the extra use",
+    Reason.MUTATION: "write `x = x + y` instead of `x += y`, and drop `inplace=True`",
+    Reason.AUTOCAST: "put the whole block under one autocast region",
+    Reason.GRAD_MODE: "put the whole block under one grad mode",
+    Reason.CONSTANTS: "check the constants: this is not quite the operation it looks like",
+    Reason.SUBCLASS: "use plain tensors, or accept PyTorch's own kernels",
+    Reason.DTYPES: "cast before the block, or run it under autocast",
+    Reason.DEVICES: "move every tensor of the block to one device",
+    Reason.LAYOUT: "reshape before the first or after the last operation of the block",
+    Reason.BROADCAST: "expand the tensor before dropout",
+    Reason.FALLBACK_RANDOM: "switch fallback_random and align_random_eager off",
+    Reason.FUNCTORCH: "apply torch.func outside, or accept PyTorch's own kernels",
+    Reason.HIGHER_ORDER: "move the block out of the higher-order op",
+    Reason.ORDER: "compute the parameters of the norm before the sum is read",
+    Reason.OVERLAP: "nothing: the other match has fused it",
+    Reason.NO_SECOND_LINEAR: "nothing, unless another operation between the layers can be moved",
+    Reason.OPAQUE: "compile with fuse_pass.compile",
+}
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def find_problem(
         _second_reader(group, outputs)
         or _circular(group, tensors)
         or _crossing(view, group)
+        or _functorch(view, group)
         or _tensor_kind([*tensors, *group])
         or _devices([*tensors, *group])
-        or _functorch(view, group)
         or _order(view, group, outputs, tensors)
     )
 

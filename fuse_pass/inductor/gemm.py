@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from fuse_pass.inductor import compat
+from fuse_pass.machine import cpu_name
 
 ATEN, ONEDNN, VIA_FLOAT32 = "aten", "onednn", "via_float32"
 
@@ -113,16 +113,7 @@ def _median_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> flo
 
 
 def _machine() -> str:
-    return f"{_cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
-@functools.cache
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def _cache_file() -> Path:

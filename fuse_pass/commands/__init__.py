@@ -1,0 +1,1 @@
+"""What `python -m fuse_pass` can do; one file per command."""

@@ -1,0 +1,30 @@
+"""`coverage`: what would be fused in models, a row per model and mode."""
+
+from __future__ import annotations
+
+import argparse
+
+from tabulate import tabulate
+
+from fuse_pass.commands.targets import TARGETS, reports
+from fuse_pass.patterns import PATTERNS
+
+NAME, HELP = "coverage", "what fuse_pass would fuse in models, without building kernels"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=TARGETS)
+    parser.add_argument("--details", action="store_true", help="every match and every declined candidate")
+    parser.add_argument("--format", default="simple", help="a table format of tabulate, e.g. github")
+
+
+def run(options: argparse.Namespace) -> None:
+    rows = []
+    for name, mode, report in reports(options.names):
+        counts = report.counts()
+        fused = [counts[pattern.name] for pattern in PATTERNS]
+        rows.append([name, mode, report.graphs, *fused, len(report.declines)])
+        if options.details:
+            print(f"{name}, {mode}: {report}\n")
+    headers = ["model", "mode", "graphs", *(pattern.name for pattern in PATTERNS), "declined"]
+    print(tabulate(rows, headers=headers, tablefmt=options.format))

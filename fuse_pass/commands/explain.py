@@ -1,0 +1,30 @@
+"""`explain`: the candidates that would not be replaced, why, and what can be done about it."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from tabulate import tabulate
+
+from fuse_pass.commands.targets import TARGETS, reports
+from fuse_pass.report import ADVICE, Reason
+
+NAME, HELP = "explain", "the candidates that fuse_pass would leave alone, with reasons and advice"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=TARGETS)
+
+
+def run(options: argparse.Namespace) -> None:
+    reasons: Counter[Reason] = Counter()
+    for name, mode, report in reports(options.names):
+        print(f"{name}, {mode}: {sum(report.counts().values())} fused, {len(report.declines)} declined")
+        rows = [[d.pattern, d.where, d.source, d.node, str(d.reason), d.detail] for d in report.declines]
+        if rows:
+            print(tabulate(rows, headers=["pattern", "where", "source", "node", "reason", "detail"]) + "\n")
+        reasons.update(decline.reason for decline in report.declines)
+    if reasons:
+        advice = [[times, str(reason), ADVICE[reason]] for reason, times in reasons.most_common()]
+        print("\n" + tabulate(advice, headers=["times", "reason", "what can be done"]))

@@ -1,0 +1,79 @@
+"""Fair timings: contenders alternate in one process, so that a change of the machine's speed hits all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from fuse_pass.machine import cpu_name
+
+_MIN_ROUNDS = 7
+
+
+def alternate(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call of every contender, called in turn for about `seconds` altogether, after two warm-ups each."""
+    for run in contenders.values():
+        run()
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < _MIN_ROUNDS:
+        for name, run in contenders.items():
+            samples[name].append(_seconds(run))
+    return samples
+
+
+def ratio(samples: Mapping[str, list[float]], slow: str, fast: str) -> float:
+    """How many times faster `fast` is: the median over rounds, in each of which both ran once."""
+    return statistics.median(a / b for a, b in zip(samples[slow], samples[fast], strict=True))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    _wait_for_device()
+    start = time.perf_counter()
+    run()
+    _wait_for_device()
+    return time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs PyTorch on `count` threads; compile inside, since Dynamo compiles anew for another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def pinned(cores: int) -> Iterator[None]:
+    """Keeps this process on the first `cores` cores that it may use, where the system lets us say so."""
+    if not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def machine(device: str, thread_count: int) -> str:
+    """What figures were measured on, in a line."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    part = "" if device == "cuda" else f", {thread_count} thread{'' if thread_count == 1 else 's'}"
+    return f"{name}{part}, torch {torch.__version__}, Python {platform.python_version()}"
