@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import register_backend
 from torch.fx import Graph, GraphModule
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
-from fuse_pass.graph.edit import copy_graph_module, require_same_outputs
+from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cache_key import cache_key
 from fuse_pass.inductor.partition import RecomputeTags
@@ -99,6 +99,7 @@ class FuseBackend:
         for name in self.patterns:
             try:
                 for graph, body_of in _graphs(fused):
+                    hoist_scalars(graph)
                     situation = Situation(own_random_numbers, body_of)
                     report.extend(apply(_PATTERNS_BY_NAME[name], graph, situation))
                 require_same_outputs(gm, fused)

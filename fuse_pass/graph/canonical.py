@@ -1,7 +1,7 @@
 """Every spelling of an operation → one canonical operation with named arguments.
 
-`x + y`, `torch.add(x, other=y)`, `x.add(y)` and `x += y` are four different nodes in a Dynamo graph; here all are `add` with
-`input`, `other` and `alpha`. A new spelling is one more target in the table.
+`x + y`, `torch.add(x, other=y)`, `x.add(y)` and `x += y` are four different nodes in a Dynamo graph; here all are `add`
+with `input`, `other` and `alpha`. A new spelling is one more target in the table.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _targets() -> dict[Any, tuple[str, inspect.Signature]]:
 
 
 def canonical(node: Node) -> Op | None:
-    """The canonical operation of a node, or None where the table has no such spelling or the arguments do not fit it."""
+    """The canonical operation of a node, or None where the table has no such spelling or its arguments do not fit."""
     if node.op not in ("call_function", "call_method"):
         return None
     target, in_place = node.target, False

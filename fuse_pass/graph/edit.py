@@ -1,4 +1,4 @@
-"""Writing Dynamo graphs: copy, insert, replace, verify. A replacement whose metadata differs is an error, never a warning."""
+"""Writing Dynamo graphs: copy, insert, replace, verify. A replacement with other metadata is an error, not a warning."""
 
 from __future__ import annotations
 
@@ -44,6 +44,19 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
         if isinstance(child, GraphModule) and hasattr(copy, name):
             setattr(copy, name, copy_graph_module(child))
     return copy
+
+
+def hoist_scalars(graph: Graph) -> None:
+    """Moves the numbers of a dynamic graph to its start, so that they are known wherever an op of ours may be inserted.
+
+    With `dynamic=True`, Dynamo passes p and eps in as 0-d tensors and reads them by `item()` only just before their use.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    for placeholder in reversed(placeholders):
+        # Where nothing but `item` reads the tensor, nothing in the graph can have written it before.
+        if all(user.op == "call_method" and user.target == "item" for user in placeholder.users):
+            for user in reversed(placeholder.users):
+                placeholders[-1].append(user)
 
 
 class Editor:

@@ -1,8 +1,9 @@
 """Elementwise arithmetic in a normal form, so that one entry finds every way of writing a function.
 
 An expression in one variable becomes a polynomial over *atoms* (the variable and unary functions of polynomials):
-`0.5 * x * (1 + erf(x / sqrt(2)))` and `x * (erf(0.7071 * x) + 1) / 2` are both `0.5·x + 0.5·x·erf(0.7071·x)`. Products are
-expanded, like terms collected, odd functions freed of signs; what remains is compared up to the rounding of constants.
+`0.5 * x * (1 + erf(x / sqrt(2)))` and `x * (erf(0.7071 * x) + 1) / 2` are both `0.5·x + 0.5·x·erf(0.7071·x)`. Products
+are expanded, like terms collected, odd functions freed of signs; what remains is compared up to the rounding of
+constants.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class _Reader:
         self.view = view
         self.variable: Node | None = None
         self.values: dict[Node, Polynomial] = {}
+        self.entered = 0
 
     def read(self, value: Any) -> Polynomial:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -141,7 +143,8 @@ class _Reader:
         rule = _RULES.get(op.kind) if op is not None else None
         if op is None or rule is None or value in self.view.linears or (op.kind == "dropout" and is_active_dropout(op)):
             return self._leaf(value)
-        if len(self.values) >= MAX_NODES or (op.in_place and not self.view.owns_its_input(op)):
+        self.entered += 1  # on the way down, so that a long chain cannot exhaust the stack
+        if self.entered > MAX_NODES or (op.in_place and not self.view.owns_its_input(op)):
             raise NotElementwise
         result = rule(self, op)
         self.values[value] = result

@@ -22,7 +22,11 @@ class Problem:
 
 
 def find_problem(
-    view: GraphView, nodes: Iterable[Node], outputs: Sequence[Node], inputs: Iterable[Node]
+    view: GraphView,
+    nodes: Iterable[Node],
+    outputs: Sequence[Node],
+    inputs: Iterable[Node],
+    scalars: Iterable[Node] = (),
 ) -> Problem | None:
     """The first thing that forbids replacing `nodes` by one operation on `inputs` that yields `outputs`.
 
@@ -31,6 +35,7 @@ def find_problem(
         nodes: every node that would vanish.
         outputs: those of them whose values the replacement provides again.
         inputs: tensors that the replacement reads.
+        scalars: numbers that it reads and that the graph computes (p and eps of a dynamic graph).
     """
     group = sorted(nodes, key=view.position.__getitem__)
     tensors = [*inputs]
@@ -41,7 +46,7 @@ def find_problem(
         or _functorch(view, group)
         or _tensor_kind([*tensors, *group])
         or _devices([*tensors, *group])
-        or _order(view, group, outputs, tensors)
+        or _order(view, group, outputs, [*tensors, *scalars])
     )
 
 

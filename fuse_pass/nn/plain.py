@@ -25,7 +25,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary strided floating-point tensors (or Parameters) on one device, outside torch.func."""
     present = [tensor for tensor in tensors if tensor is not None]
     return all(
-        type(tensor) in (Tensor, nn.Parameter)
+        (type(tensor) in (Tensor, nn.Parameter) or torch.compiler.is_exporting())  # torch.export traces with fakes
         and tensor.is_floating_point()
         and tensor.layout is torch.strided
         and tensor.device == present[0].device

@@ -134,9 +134,10 @@ def _backward(
         if weight is not None:
             grad_normalised = grad_normalised * weight
         dims = _last_dims(normalized_dims)
-        grad = grad_normalised - normalised * (grad_normalised * normalised).mean(dims, keepdim=True)
-        if norm == LAYER_NORM:
-            grad = grad - grad_normalised.mean(dims, keepdim=True)
+        projection = (grad_normalised * normalised).mean(dims, keepdim=True)
+        if norm == LAYER_NORM:  # first, while the two are of one magnitude and the difference is exact
+            grad_normalised = grad_normalised - grad_normalised.mean(dims, keepdim=True)
+        grad = grad_normalised - normalised * projection
         grad = (grad * rstd).to(dtype).to(z.dtype)
         grad = grad if grad_z is None else grad + grad_z
     grad_x = _dropout(grad, seed, p, normalized_dims) if need_x else no_x

@@ -1,6 +1,6 @@
 """Which activation an elementwise computation is: called by name, or written out in any algebraically equal way.
 
-To teach it another way of writing, add a plain function to `FORMS`; it is brought into the same normal form as the graph.
+To teach it another way of writing, add a plain function to `FORMS`; it is brought into the normal form of the graph's.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _slope_of_another_dimension(op: Op, weight: Node | None) -> Problem | None:
 
 
 def _written_out(view: GraphView, node: Node) -> FoundActivation | None:
-    if view.kind(node) not in ("mul", "div"):  # every form ends in one of these
+    if view.kind(node) not in ("mul", "div", "add", "sub"):  # every way of writing ends in one of these
         return None
     expression = expression_of(view, node)
     if expression is None:

@@ -4,10 +4,10 @@ Shapes: x `[..., d_in]`, W1 `[d_hidden, d_in]`, W2 `[d_out, d_hidden]`, y `[...,
 
 In a chain Linear → act → Linear → act → Linear the middle Linear ends one match and begins the next.
 
-Declines when: an interior value has a second reader; anything that writes, or switches autocast or grad mode, lies inside;
-a cast changes the dtype inside; a written-out activation has other constants; the rows are rearranged between the two
-Linear layers; PReLU has a slope per channel that is not the last dimension; a tensor is a subclass or on another device;
-the user wants eager's random numbers; no Linear reads the activation.
+Declines when: an interior value has a second reader; anything that writes, or switches autocast or grad mode, lies
+inside; a cast changes the dtype inside; a bias is added in another dtype; a written-out activation has other constants;
+the rows are rearranged between the two Linear layers; PReLU has a slope per channel that is not the last dimension; a
+tensor is a subclass or on another device; the user wants eager's random numbers; no Linear reads the activation.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
     first = view.linears.get(walk.node)
     if first is None:
         return
-    readers = [user for user in node.users]
+    readers = list(node.users)
     names = ", ".join("the output" if user.op == "output" else user.name for user in readers) or "nothing"
     reason = Reason.SECOND_READER if len(readers) > 1 else Reason.NO_SECOND_LINEAR
     problem = Problem(reason, f"{activation.name} is read by {names}", node)

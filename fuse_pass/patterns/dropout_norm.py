@@ -102,6 +102,7 @@ SPELLINGS: dict[str, Any] = {
     "the dropout is read again": _dropout_read_again,
     "add, norm": lambda x, r, w, b: F.layer_norm(x + r, (24,), w, b),
     "inactive dropout": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25, False) + r, (24,), w, b),
+    "inactive dropout after the sum": lambda x, r, w, b: F.layer_norm(F.dropout(x + r, 0.25, False), (24,), w, b),
     "p = 1": lambda x, r, w, b: F.layer_norm(F.dropout(x, 1.0) + r, (24,), w, b),
     "torch.layer_norm": lambda x, r, w, b: torch.layer_norm(F.dropout(x, 0.25) + r, (24,), w, b),
     "no affine": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,)),
@@ -176,11 +177,18 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
 
 
 def _up_to_the_sum(view: GraphView, node: Any) -> list[Node]:
-    """The casts and reshapes between the norm (first) and the sum (last)."""
-    path = []
-    while view.kind(node) in ("cast", "reshape") and node.args and isinstance(node.args[0], Node):
+    """The casts, reshapes and inactive dropouts between the norm (first) and the sum (last)."""
+    path: list[Node] = []
+    dropouts_from = None
+    while (op := view.op(node)) is not None and op.kind in ("cast", "reshape", "dropout") and node.args:
+        if op.kind == "dropout":
+            if is_active_dropout(op) or op.in_place:
+                break
+            dropouts_from = len(path) if dropouts_from is None else dropouts_from
         path.append(node)
         node = node.args[0]
+    if dropouts_from is not None and _sum_at(view, node) is None:
+        del path[dropouts_from:]  # no sum above: the inactive dropout itself is what the norm is fused with
     return path
 
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, find_problem
+from fuse_pass.graph.shapes import value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.report import Decline, Match, Reason, Report
 
@@ -119,7 +120,8 @@ def _problem(
         detail = "fallback_random or align_random_eager asks for eager's random numbers"
         return Problem(Reason.FALLBACK_RANDOM, detail, candidate.anchor)
     inputs = [node for node in candidate.inputs.values() if node is not None]
-    return find_problem(view, candidate.nodes, candidate.outputs, inputs) or pattern.check(view, candidate)
+    scalars = [value for value in candidate.constants.values() if isinstance(value, Node) and value_of(value) is None]
+    return find_problem(view, candidate.nodes, candidate.outputs, inputs, scalars) or pattern.check(view, candidate)
 
 
 def _match(pattern: Pattern, candidate: Candidate) -> Match:

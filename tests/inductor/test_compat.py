@@ -1,0 +1,172 @@
+"""The private names of PyTorch: each still means what we take it for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor
+from torch._inductor import decomposition
+from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import fuse_pass.ops  # noqa: F401 - registers the ops
+from fuse_pass.inductor import compat
+
+
+def test_every_name_exists() -> None:
+    assert all(hasattr(compat, name) for name in compat.__all__)
+
+
+@pytest.mark.parametrize(
+    "name", ["max_autotune", "fallback_random", "triton.cudagraphs", "cpp.threads", "max-autotune"]
+)
+def test_options_of_inductor_are_known(name: str) -> None:
+    assert compat.is_inductor_option(name)
+
+
+@pytest.mark.parametrize("name", ["patterns", "strict", "max_autotunes", "", "cpp"])
+def test_other_options_are_not(name: str) -> None:
+    assert not compat.is_inductor_option(name)
+
+
+def test_options_are_those_that_inductor_takes() -> None:
+    for name in torch._inductor.list_options():
+        assert compat.is_inductor_option(name)
+
+
+@pytest.mark.parametrize("name", ["fallback_random", "align_random_eager", "fallback-random"])
+def test_stock_random_numbers_by_option(name: str) -> None:
+    assert compat.draws_stock_random_numbers({name: True})
+    assert not compat.draws_stock_random_numbers({name: False})
+
+
+def test_stock_random_numbers_by_configuration() -> None:
+    assert not compat.draws_stock_random_numbers({})
+    with inductor_config.patch(fallback_random=True):
+        assert compat.draws_stock_random_numbers({})
+        assert compat.draws_stock_random_numbers({"max_autotune": True})
+        assert not compat.draws_stock_random_numbers({"fallback_random": False})
+
+
+def first(graph: Any) -> None:
+    """A pass."""
+
+
+def second(graph: Any) -> None:
+    """Another."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, ()), (first, (first,)), ([first, second], (first, second)), ((second,), (second,)), ([], ())],
+)
+def test_joint_passes(given: Any, expected: tuple[Any, ...]) -> None:
+    assert compat.joint_passes({"joint_custom_post_pass": given}) == expected
+    assert compat.joint_passes({"joint-custom-post-pass": given}) == expected
+    with inductor_config.patch(joint_custom_post_pass=given):
+        assert compat.joint_passes({}) == expected
+        assert compat.joint_passes({"joint_custom_post_pass": second}) == (second,)
+    assert compat.joint_passes({}) == ()
+
+
+def test_size_hint() -> None:
+    environment = ShapeEnv()
+    fake = torch._subclasses.FakeTensorMode(shape_env=environment).from_tensor(torch.ones(5, 7))
+    assert compat.size_hint(12) == 12
+    assert isinstance(fake.shape[0], torch.SymInt)
+    assert compat.size_hint(fake.shape[0]) == 5
+    assert compat.size_hint(fake.shape[0] * fake.shape[1]) == 35
+    assert compat.size_hint(environment.create_unbacked_symint()) is None
+    assert environment.guards == []
+
+
+@pytest.fixture
+def sine_plus_one() -> Iterator[torch._ops.OpOverload]:
+    """An op that Inductor does not know yet."""
+    with torch.library._scoped_library("fuse_pass_test", "DEF") as library:
+        library.define("sine_plus_one(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl("sine_plus_one", _sine_plus_one, "CompositeExplicitAutograd")
+        torch.library.register_fake("fuse_pass_test::sine_plus_one", torch.empty_like, lib=library)
+        op = torch.ops.fuse_pass_test.sine_plus_one.default
+        yield op
+        decomposition.decompositions.pop(op, None)
+        decomposition.fast_random_decomps.cache_clear()
+
+
+def _sine_plus_one(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
+def code_of(op: torch._ops.OpOverload) -> tuple[str, Tensor]:
+    torch._dynamo.reset()
+    result, code = run_and_get_code(torch.compile(lambda x: op(x * 2).cos(), backend="inductor"), torch.ones(16))
+    return "\n".join(code), result
+
+
+def test_an_op_is_transparent_even_after_something_was_compiled(sine_plus_one: torch._ops.OpOverload) -> None:
+    """The merged table of decompositions is cached by the first compilation."""
+    expected = (torch.full((16,), 2.0).sin() + 1).cos()
+    code, result = code_of(sine_plus_one)
+    assert "fuse_pass_test.sine_plus_one" in code, "an op without decomposition stays one call"
+    torch.testing.assert_close(result, expected)
+    compat.register_decomposition(sine_plus_one, _sine_plus_one)
+    with inductor_config.patch(force_disable_caches=True):  # implementations of ops are in no cache key
+        code, result = code_of(sine_plus_one)
+    assert "fuse_pass_test.sine_plus_one" not in code
+    torch.testing.assert_close(result, expected)
+
+
+def test_our_ops_are_transparent_to_inductor() -> None:
+    table = decomposition.fast_random_decomps()
+    for name in ("dense_act_dense", "dense_act_dense_inference", "act_dense", "dropout_norm", "seed"):
+        assert getattr(torch.ops.fuse_pass, name).default in table
+    for name in ("dense_act_dense_backward", "act_dense_backward", "dropout_norm_backward"):
+        assert getattr(torch.ops.fuse_pass, name).default in table
+    assert torch.ops.fuse_pass.gemm.default not in table
+
+
+def test_onednn_linear_is_a_product() -> None:
+    linear = compat.onednn_linear()
+    if linear is None:
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    a, b, bias = torch.randn(3, 8), torch.randn(6, 8), torch.randn(6)
+    torch.testing.assert_close(linear(a, b, bias, "none", [], ""), a @ b.T + bias)
+
+
+def test_onednn_linear_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert compat.onednn_linear() is None
+
+
+def test_half_types_are_asked_about_one_by_one() -> None:
+    assert {compat.has_fast_cpu_dtype(dtype) for dtype in (torch.float16, torch.bfloat16)} <= {True, False}
+    with pytest.raises(KeyError):
+        compat.has_fast_cpu_dtype(torch.float32)
+
+
+def test_inductor_seed_is_63_bits() -> None:
+    seeds = [compat.inductor_seed(torch.device("cpu")) for _ in range(8)]
+    assert all(seed.dtype is torch.int64 and seed.shape == () for seed in seeds)
+    assert len({int(seed) for seed in seeds}) == 8
+
+
+def test_modes_are_off_inside() -> None:
+    with torch._subclasses.FakeTensorMode():
+        assert type(torch.ones(2)) is not Tensor
+        with compat.disable_current_modes():
+            assert type(torch.ones(2)) is Tensor
+
+
+def test_compiler_takes_options_and_patches() -> None:
+    compiler = compat.inductor_compiler(None, {"max_autotune": False})
+    assert compiler.config["max_autotune"] is False
+    marker = object()
+    compiler.config["joint_custom_post_pass"] = marker
+    assert compiler.config["joint_custom_post_pass"] is marker
+    assert compat.inductor_compiler("max-autotune-no-cudagraphs", None).config["max_autotune"] is True
+    with pytest.raises(RuntimeError):
+        compat.inductor_compiler(None, {"no_such_option": 1})

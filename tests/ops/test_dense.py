@@ -1,0 +1,240 @@
+"""The matrix products: every dtype, stride and size, whoever computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuse_pass.inductor import compat, gemm
+from fuse_pass.ops import dense
+from fuse_pass.ops.activations import ACTIVATIONS
+from tests.precision import assert_as_exact_as_eager
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+needs_onednn = pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN")
+
+# Sizes by name: m rows, n columns, k summed. The large one is above MIN_FLOP, so that a table may choose oneDNN.
+SIZES = {"small": (3, 6, 8), "one row": (1, 6, 8), "no row": (0, 6, 8), "one column": (5, 1, 4), "large": (96, 80, 72)}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row-major": lambda matrix: matrix,
+    "column-major": lambda matrix: matrix.t().contiguous().t(),
+    "every second column": lambda matrix: torch.stack([matrix, matrix], -1).flatten(-2)[:, ::2],
+    "padded rows": lambda matrix: F.pad(matrix, (0, 3))[:, : matrix.shape[1]],
+    "expanded rows": lambda matrix: matrix[:1].expand(matrix.shape),
+    "expanded columns": lambda matrix: matrix[:, :1].expand(matrix.shape),
+    "all one number": lambda matrix: matrix[:1, :1].expand(matrix.shape),
+}
+
+
+@pytest.fixture(params=[gemm.ATEN, gemm.ONEDNN])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every product above MIN_FLOP goes to this library."""
+    if request.param == gemm.ONEDNN and compat.onednn_linear() is None:
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    prefer(request.param, monkeypatch)
+    return str(request.param)
+
+
+def prefer(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("float32", "bfloat16")
+    table = {name + suffix: library for name in names for suffix in ("", "+activation")}
+    monkeypatch.setattr(gemm, "table", lambda: table)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.names.append(function.name())
+        if isinstance(result, Tensor):
+            self.dtypes.append(result.dtype)
+        return result
+
+
+def operands(size: str, dtype: torch.dtype, *, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    m, n, k = SIZES[size]
+    a, b, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((m, k), (n, k), (n,)))
+    return a.to(dtype), (b / k**0.5).to(dtype), c.to(dtype) if bias else None
+
+
+def check(a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    result = dense.product(a, b, bias)
+    eager = F.linear(a, b, bias)
+    exact = F.linear(a.double(), b.double(), None if bias is None else bias.double())
+    assert_as_exact_as_eager(result, eager, exact, "product")
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_product(size: str, dtype: torch.dtype, bias: bool, library: str) -> None:
+    check(*operands(size, dtype, bias=bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout_b", ["row-major", "column-major", "expanded rows", "every second column"])
+@pytest.mark.parametrize("layout_a", LAYOUTS)
+def test_product_of_any_strides(layout_a: str, layout_b: str, dtype: torch.dtype, library: str) -> None:
+    for size in ("large", "one row"):
+        a, b, bias = operands(size, dtype)
+        check(LAYOUTS[layout_a](a), LAYOUTS[layout_b](b), bias)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_onednn_product_of_any_strides(size: str, layout: str, dtype: torch.dtype) -> None:
+    """The op itself also where the table would not call it: with dynamic shapes it meets every size."""
+    a, b, bias = operands(size, dtype)
+    if a.shape[0] == 0 and layout.startswith(("expanded rows", "all")):
+        return  # nothing to expand: covered by the other layouts
+    a = LAYOUTS[layout](a)
+    result = torch.ops.fuse_pass.gemm(a, b, bias, "none", [], "")
+    assert_as_exact_as_eager(result, F.linear(a, b, bias), F.linear(a.double(), b.double(), bias.double()))
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_bias_of_any_strides(layout: str, dtype: torch.dtype, library: str) -> None:
+    """oneDNN takes a bias for contiguous and would read past its end."""
+    a, b, bias = operands("large", dtype)
+    assert bias is not None
+    check(a, b, torch.stack([bias, -bias], -1).flatten()[::2] if layout == "strided" else bias[:1].expand(len(bias)))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_product_with_activation(name: str, dtype: torch.dtype, library: str) -> None:
+    arguments = {"leaky_relu": (0.2,), "elu": (0.7,)}.get(name, ())
+    row, weight = ACTIVATIONS[name], torch.full((1,), 0.3, dtype=dtype)
+    for size in ("small", "large", "no row"):
+        a, b, bias = operands(size, dtype)
+        result = dense.product_with_activation(a, b, bias, name, arguments, weight)
+        eager = row.forward(F.linear(a, b, bias), arguments, weight)
+        exact = row.forward(F.linear(a.double(), b.double(), bias.double()), arguments, weight.double())
+        assert_as_exact_as_eager(result, eager, exact, f"{name} {size}")
+
+
+def test_all_libraries_mean_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compat.onednn_linear() is None:
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    a, b, bias = operands("large", torch.float32)
+    results = {}
+    for library in (gemm.ATEN, gemm.ONEDNN):
+        prefer(library, monkeypatch)
+        results[library] = dense.product(a, b, bias)
+    exact = F.linear(a.double(), b.double(), bias.double())
+    assert_as_exact_as_eager(results[gemm.ONEDNN], results[gemm.ATEN], exact)
+    assert_as_exact_as_eager(results[gemm.ATEN], results[gemm.ONEDNN], exact)
+
+
+def test_the_table_decides_who_computes(library: str) -> None:
+    a, b, bias = operands("large", torch.float32)
+    with Calls() as calls:
+        dense.product(a, b, bias)
+    assert ("fuse_pass::gemm" in calls.names) == (library == gemm.ONEDNN)
+    assert ("aten::addmm" in calls.names) == (library == gemm.ATEN)
+
+
+def test_an_activation_joins_the_product_where_onednn_has_it(library: str) -> None:
+    a, b, bias = operands("large", torch.float32)
+    with Calls() as calls:
+        dense.product_with_activation(a, b, bias, "gelu", (), None)
+    assert ("aten::gelu" in calls.names) == (library == gemm.ATEN)
+    with Calls() as calls:
+        dense.product_with_activation(a, b, bias, "mish", (), None)
+    assert "aten::mish" in calls.names
+
+
+def test_small_products_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(gemm.ONEDNN, monkeypatch)
+    with Calls() as calls:
+        dense.product(*operands("small", torch.float32))
+    assert "aten::addmm" in calls.names
+    assert "fuse_pass::gemm" not in calls.names
+
+
+def test_float64_and_unprobed_dtypes_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(gemm.ONEDNN, monkeypatch)
+    with Calls() as calls:
+        dense.product(*operands("large", torch.float64))
+    assert "aten::addmm" in calls.names
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_float16_is_multiplied_in_float32_without_hardware(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: False)
+    a, b, bias = operands(size, torch.float16)
+    with Calls() as calls:
+        dense.product(a, b, bias)
+    products = [d for n, d in zip(calls.names, calls.dtypes, strict=True) if n in ("aten::addmm", "fuse_pass::gemm")]
+    assert products == [torch.float32]
+    check(a, b, bias)
+
+
+def test_float16_stays_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
+    with Calls() as calls:
+        dense.product(*operands("small", torch.float16))
+    assert torch.float32 not in calls.dtypes
+
+
+def test_mixed_dtypes_are_refused(library: str) -> None:
+    a, b, bias = operands("large", torch.float32)
+    with pytest.raises(RuntimeError):
+        dense.product(a, b.bfloat16(), bias)
+
+
+def test_inner_sizes_must_agree(library: str) -> None:
+    a, b, bias = operands("large", torch.float32)
+    with pytest.raises(RuntimeError):
+        dense.product(a[:, :-1], b, bias)
+
+
+def test_rows_of() -> None:
+    assert dense.rows_of(torch.ones(4)).shape == (1, 4)
+    assert dense.rows_of(torch.ones(2, 3, 4)).shape == (6, 4)
+    assert dense.rows_of(torch.ones(2, 0, 4)).shape == (0, 4)
+    assert dense.rows_of(torch.ones(3, 4)).shape == (3, 4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gemm_passes_opcheck(transposed: bool) -> None:
+    a, b, bias = operands("small", torch.float32)
+    a = LAYOUTS["column-major"](a) if transposed else a
+    torch.library.opcheck(torch.ops.fuse_pass.gemm.default, (a, b, bias, "gelu", [], "tanh"))
+
+
+def test_gemm_without_onednn_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "onednn_linear", lambda: None)
+    with pytest.raises(RuntimeError, match="oneDNN"):
+        torch.ops.fuse_pass.gemm(*operands("small", torch.float32), "none", [], "")
+
+
+@needs_onednn
+def test_unknown_sizes_choose_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    asked: list[int | None] = []
+    monkeypatch.setattr(gemm, "provider", lambda d, t, flop, **k: asked.append(flop) or gemm.ATEN)
+    with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        rows = mode.shape_env.create_unbacked_symint()
+        torch._check(rows >= 2)
+        dense.product(torch.empty(rows, 8), torch.empty(6, 8))
+    dense.product(torch.ones(3, 8), torch.ones(6, 8))
+    assert asked == [None, 2 * 3 * 6 * 8]

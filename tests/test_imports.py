@@ -1,0 +1,82 @@
+"""The house plan: imports go one way, private parts of PyTorch stay in one room, and the door lists every public name."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fuse_pass
+
+PACKAGE = Path(fuse_pass.__file__).parent
+ALLOWED = {
+    "machine": set(),
+    "report": set(),
+    "inductor": {"machine"},
+    "ops": {"inductor"},
+    "graph": {"report"},
+    "patterns": {"graph", "ops", "report"},
+    "nn": {"ops"},
+    "backend": {"graph", "inductor", "ops", "patterns", "report"},
+    "analysis": {"backend", "report"},
+    "front": {"backend"},
+    "commands": {"analysis", "backend", "machine", "patterns", "report"},
+    "cli": {"commands"},
+    "__main__": {"cli"},
+    "__init__": {"analysis", "backend", "front", "nn", "report"},
+}
+MAY_NAME_INDUCTOR = {"inductor", "ops"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute here"
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    ours = {name.split(".")[1] for name in imported_modules(path) if name.startswith("fuse_pass.")}
+    assert ours - {room} <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_only_two_rooms_name_inductor(path: Path) -> None:
+    names = {name for name in imported_modules(path) if name.startswith("torch._inductor")}
+    assert not names or room_of(path) in MAY_NAME_INDUCTOR
+
+
+def test_every_public_name_exists_and_is_listed() -> None:
+    assert all(hasattr(fuse_pass, name) for name in fuse_pass.__all__)
+    assert sorted(fuse_pass.__all__) == fuse_pass.__all__
+    assert {"fuse_backend", "FuseBackend", "compile", "collect", "coverage", "Report"} <= set(fuse_pass.__all__)
+
+
+def test_import_needs_only_torch_and_tabulate() -> None:
+    """Extras must stay extras: the package imports with every other third-party package hidden."""
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'tqdm', 'numpy.testing', 'hypothesis', 'scipy', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "import fuse_pass, fuse_pass.cli\n"
+        "print(len(fuse_pass.__all__))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == len(fuse_pass.__all__)
