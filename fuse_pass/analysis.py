@@ -20,8 +20,8 @@ def coverage(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Traces `model(*args, **kwargs)` once, applies every pattern to the graphs and reports what they found.
 
     The model runs eagerly, once, in the mode (train or eval, grad or no_grad, autocast) in which it would be called.
-    Afterwards train/eval flags, buffers and the random states of PyTorch and Python are as they were. A model that breaks
-    into several graphs gives one merged report.
+    Afterwards train/eval flags, buffers and the random states of PyTorch and Python are as they were. A model that
+    breaks into several graphs gives one merged report.
 
     Args:
         model: a module or function; one that `torch.compile` has wrapped is looked at as if it were not.
@@ -47,10 +47,9 @@ def _call_of(model: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    fresh = types.FunctionType(
+    return types.FunctionType(
         call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__, call.__closure__
     )
-    return fresh
 
 
 @contextlib.contextmanager

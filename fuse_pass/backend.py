@@ -123,7 +123,7 @@ class FuseBackend:
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates our options from Inductor's; an option that neither knows raises ValueError."""
-    ours = [name for name in inspect.signature(FuseBackend).parameters]
+    ours = list(inspect.signature(FuseBackend).parameters)
     own = {name: value for name, value in options.items() if name in ours}
     rest = {name: value for name, value in options.items() if name not in ours}
     for name in rest:

@@ -25,8 +25,8 @@ def compile(
     """`torch.compile(model, backend=FuseBackend(patterns, strict=strict), **torch_compile_kwargs)`, set up for fusion.
 
     Options are checked at once, and not at the first call. For models with `nn.TransformerEncoder` or
-    `nn.MultiheadAttention`, PyTorch's fast path for these layers is switched off while the compiled model runs (and only
-    then): it would hide both patterns in one opaque call.
+    `nn.MultiheadAttention`, PyTorch's fast path for these layers is switched off while the compiled model runs, and
+    only then: it would hide both patterns in one opaque call.
 
     Args:
         model: module or function; None to use `compile` as a decorator.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's own name, e.g. `AMD EPYC 9575F 64-Core Processor`; its architecture where the system tells no name."""
+    """The processor's own name, e.g. `AMD EPYC 9575F 64-Core Processor`, or its architecture if that is all we know."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

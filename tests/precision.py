@@ -11,8 +11,8 @@ def assert_as_exact_as_eager(
 ) -> None:
     """Compares largest errors; the ulp is that of the largest exact magnitude in the dtype under test.
 
-    Through a whole model the rounding errors of ours and eager are independent noise of one size, and the largest of a few
-    thousand is no measure of that size: there root-mean-square errors are compared.
+    Through a whole model the rounding errors of ours and eager are independent noise of one size, and the largest of a
+    few thousand is no measure of that size: there root-mean-square errors are compared.
 
     Args:
         ours: result under test, in the dtype under test.

@@ -78,7 +78,7 @@ def test_options_are_separated() -> None:
     own, rest = backend.split_options({"strict": True, "max_autotune": False, "triton.cudagraphs": False})
     assert own == {"strict": True}
     assert rest == {"max_autotune": False, "triton.cudagraphs": False}
-    with pytest.raises(ValueError, match="unknown option 'max_autotone': fuse_pass knows patterns, strict"):
+    with pytest.raises(ValueError, match=r"unknown option 'max_autotone': fuse_pass knows patterns, strict"):
         backend.split_options({"max_autotone": True})
 
 
@@ -110,7 +110,7 @@ def test_modes(mode: str) -> None:
 
 
 def test_unknown_mode_is_an_error() -> None:
-    with pytest.raises(Exception, match="[Uu]nrecognized mode"):
+    with pytest.raises(Exception, match=r"[Uu]nrecognized mode"):
         torch.compile(Mlp(), backend=fuse_backend, mode="fastest")(torch.randn(5, 6))
 
 

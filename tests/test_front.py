@@ -49,7 +49,7 @@ def test_fast_path_is_off_while_the_compiled_model_runs_and_only_then() -> None:
 
 
 def test_fast_path_comes_back_after_an_error() -> None:
-    with pytest.raises(Exception, match="[Dd]imension|size|shape"), torch.no_grad():
+    with pytest.raises(Exception, match=r"[Dd]imension|size|shape"), torch.no_grad():
         fuse_pass.compile(encoder().eval())(torch.randn(2, 5, 3))
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -1,4 +1,4 @@
-"""The house plan: imports go one way, private parts of PyTorch stay in one room, and the door lists every public name."""
+"""The house plan: imports go one way, private parts of PyTorch stay in one room, the door lists every public name."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _MIN_ROUNDS = 7
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call of every contender, called in turn for about `seconds` altogether, after two warm-ups each."""
+    """Seconds of every call of every contender, in turn for about `seconds` altogether, after two warm-ups each."""
     for run in contenders.values():
         run()
         run()

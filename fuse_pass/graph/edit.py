@@ -1,4 +1,4 @@
-"""Writing Dynamo graphs: copy, insert, replace, verify. A replacement with other metadata is an error, not a warning."""
+"""Writing Dynamo graphs: copy, insert, replace, verify. A replacement with other metadata is an error."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
 
 
 def hoist_scalars(graph: Graph) -> None:
-    """Moves the numbers of a dynamic graph to its start, so that they are known wherever an op of ours may be inserted.
+    """Moves the numbers of a dynamic graph to its start, so that they are known wherever an op of ours may stand.
 
-    With `dynamic=True`, Dynamo passes p and eps in as 0-d tensors and reads them by `item()` only just before their use.
+    With `dynamic=True`, Dynamo passes p and eps in as 0-d tensors and reads them by `item()` just before their use.
     """
     placeholders = graph.find_nodes(op="placeholder")
     for placeholder in reversed(placeholders):
@@ -124,7 +124,7 @@ class Editor:
     ) -> Any:
         values, named = map_arg((arguments, options), lambda node: node.meta["example_value"])
         with contextlib.ExitStack() as stack:
-            # The mode of the neighbours: the one that is active while a backend runs is another and must not be mixed in.
+            # The mode of the neighbours: the one that is active while a backend runs is another, not to be mixed in.
             like = value_of(self._like)
             if isinstance(like, FakeTensor):
                 stack.enter_context(like.fake_mode)

@@ -15,8 +15,9 @@ from fuse_pass.ops.rng import seed
 class FusedDropoutLayerNorm(nn.Module):
     """Dropout, residual addition and LayerNorm in one pass over the data, with the mask recomputed in backward.
 
-    In eval, and for p = 0, no random numbers are drawn; for p = 1 the dropped input is exactly 0. Statistics of half types
-    are computed in float32. The state dict is that of the LayerNorm: `layer_norm.weight` and `layer_norm.bias`, `[*dim]`.
+    In eval, and for p = 0, no random numbers are drawn; for p = 1 the dropped input is exactly 0. Statistics of half
+    types are computed in float32. The state dict is that of the LayerNorm: `layer_norm.weight` and `layer_norm.bias`,
+    `[*dim]`.
 
     Args:
         dim: size, or sizes, of the normalised last dimension(s).

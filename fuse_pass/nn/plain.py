@@ -1,7 +1,7 @@
 """When a layer may hand its tensors to a fused op; otherwise it runs its `torch.nn` parts one by one.
 
 The parts are real `torch.nn` modules, so users may hook, prune, parametrise or replace them. Whatever a fused op cannot
-honour, wrong input included, goes to the parts: they do the right thing, or raise what `torch.nn` raises.
+honour, wrong input included, goes to the parts: they do it right, or raise what `torch.nn` raises.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_untouched(part: nn.Module, expected: type[nn.Module]) -> bool:
-    """Whether a part is exactly the `torch.nn` module it was built as, with no hook on it that a fused op would skip."""
+    """Whether a part is exactly the `torch.nn` module it was built as, without a hook that a fused op would skip."""
     hooks = (
         part._forward_hooks,
         part._forward_pre_hooks,

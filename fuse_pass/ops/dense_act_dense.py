@@ -57,7 +57,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     h = product(rows_of(x), weight1, bias1)
     y = product(_activate(h, act_weight, seed, p, activation, act_arguments), weight2, bias2)
-    return y.view(_output_shape(x, weight2)), h
+    return _shaped_like_rows_of(x, y), h
 
 
 def _forward_inference(
@@ -73,7 +73,7 @@ def _forward_inference(
     act_arguments: list[float],
 ) -> Tensor:
     a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight)
-    return product(rng.dropout(a, seed, p), weight2, bias2).view(_output_shape(x, weight2))
+    return _shaped_like_rows_of(x, product(rng.dropout(a, seed, p), weight2, bias2))
 
 
 def _tail_forward(
@@ -87,7 +87,7 @@ def _tail_forward(
     act_arguments: list[float],
 ) -> Tensor:
     a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments)
-    return product(a, weight2, bias2).view(_output_shape(h, weight2))
+    return _shaped_like_rows_of(h, product(a, weight2, bias2))
 
 
 def _tail_backward(
@@ -155,6 +155,11 @@ def _backward(
         grad_bias2,
         grad_act_weight,
     )
+
+
+def _shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y [rows, features] → [..., features]`; no view for autograd: users may write into the result of a layer."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
 def _output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ tensor is a subclass or on another device; the user wants eager's random numbers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -47,15 +48,15 @@ def reference(
     a = ACTIVATIONS[activation].forward(F.linear(x, weight1, bias1), arguments, act_weight)
     if keep is not None:
         a = torch.where(keep, a / (1 - p), 0.0) if p < 1 else torch.zeros_like(a)
-    result: Tensor = F.linear(a, weight2, bias2)
-    return result
+    return F.linear(a, weight2, bias2)
 
 
 def example_inputs(
     dtype: torch.dtype = torch.float32, *, bias: bool = True, rows: tuple[int, ...] = (3, 5)
 ) -> dict[str, Any]:
     def parameter(*shape: int) -> Tensor:
-        return (torch.randn(*shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
+        value = torch.randn(*shape, dtype=torch.float64) / math.sqrt(shape[-1])
+        return value.to(dtype).requires_grad_()
 
     return {
         "x": torch.randn(*rows, 8, dtype=torch.float64).to(dtype).requires_grad_(),

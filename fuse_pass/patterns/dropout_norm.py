@@ -1,13 +1,14 @@
 """Dropout → [+ residual] → LayerNorm or RMSNorm:  `y = norm(dropout(x) + residual)`.
 
-Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does an
-inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual stream of a
-pre-norm block, it becomes a second output. A cast before the norm is taken over, and a view that keeps the rows moves
-behind it.
+Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does
+an inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual
+stream of a pre-norm block, it becomes a second output. A cast before the norm is taken over, and a view that keeps the
+rows moves behind it.
 
-Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies inside;
-the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are computed after
-the sum is already read; a tensor is a subclass or on another device; the user wants eager's random numbers.
+Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies
+inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are
+computed after the sum is already read; a view changes the normalised dimensions; a tensor is a subclass or on another
+device; the user wants eager's random numbers.
 """
 
 from __future__ import annotations
@@ -75,12 +76,6 @@ def _read_before_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def _dropout_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
     z = F.dropout(x, 0.25)
     return F.layer_norm(z, (24,), w, b) * r + z
-
-
-def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Swin: the window attention's rows are put back into a sequence, which is the residual stream."""
-    stream = (r + F.dropout(x, 0.25)).reshape(1, -1, x.shape[-1])
-    return stream, F.layer_norm(stream, (24,), w, b)
 
 
 def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +163,7 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
         constants={
             "p": found.p, "drops": drops, "eps": norm["eps"], "shape": norm["normalized_shape"], "norm": norm.kind,
             "sum": found.node, "normalised": norm["input"], "residual_first": found.residual_first,
+            "casts": tuple(node for node in reversed(path) if view.kind(node) == "cast"),
             "reshapes": tuple(node for node in reversed(path) if view.kind(node) == "reshape"),
         },
         variant=", ".join(words),
@@ -245,7 +241,8 @@ def _same_shape_as(a: Node, b: Node) -> bool:
 
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     constants, anchor = candidate.constants, candidate.anchor
-    x, z = candidate.inputs["x"], constants["sum"]
+    x: Node = candidate.inputs["x"]  # type: ignore[assignment]  # every spelling has one
+    z: Node = constants["sum"]
     if not _same_shape_as(x, z):
         return Problem(Reason.BROADCAST, f"{x.name} is smaller than the sum {z.name}", x)
     shape, value = constants["shape"], value_of(z)
@@ -270,6 +267,15 @@ def _check_dtypes(candidate: Candidate, z: Tensor) -> Problem | None:
         dtype = torch.promote_types(dtype, operand.dtype)  # type: ignore[union-attr]
     if dtype is not z.dtype:
         return Problem(Reason.DTYPES, f"the sum of {dtype} operands is {z.dtype}", candidate.constants["sum"])
+    # One cast is taken over by the op; of several, those before the last may round.
+    changes, dtype = [], z.dtype
+    for cast in candidate.constants["casts"]:
+        value = value_of(cast)
+        if value is None or value.dtype is not dtype:
+            changes.append(cast)
+            dtype = dtype if value is None else value.dtype
+    if len(changes) > 1:
+        return Problem(Reason.DTYPES, f"{changes[0].name} and {changes[-1].name} cast one after the other", changes[0])
     normalised, result = value_of(candidate.constants["normalised"]), value_of(candidate.anchor)
     if normalised is not None and result is not None and normalised.dtype not in (z.dtype, result.dtype):
         return Problem(

@@ -208,9 +208,6 @@ def test_norm_wider_scalar_tensor_does_not_promote() -> None:
     assert torch.equal(found.output, add_norm(x, r, w, b))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="dropout_norm takes over the last of several casts and drops the rounding of the others"
-)
 @pytest.mark.parametrize("last", [torch.float32, torch.float64])
 def test_norm_rounding_cast_before_a_widening_one(last: torch.dtype) -> None:
     x, r, *_ = (a.detach() for a in norm_inputs().values())

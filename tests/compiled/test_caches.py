@@ -1,0 +1,95 @@
+"""Compiled artefacts survive the process, and no artefact of other sources or options is ever served."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fuse_pass
+
+PACKAGE = Path(fuse_pass.__file__).parent
+
+PROGRAM = """
+import json, sys
+import torch
+from torch import nn
+import fuse_pass
+from torch._dynamo.utils import counters
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(6, 20), nn.Linear(20, 6), nn.LayerNorm(6)
+        self.dropout = nn.Dropout(0.25)
+
+    def forward(self, x):
+        return self.norm(x + self.dropout(self.down(nn.functional.gelu(self.up(x)))))
+
+torch.manual_seed(0)
+model, x = Block(), torch.randn(5, 6)
+backend = fuse_pass.FuseBackend(**json.loads(sys.argv[1]))
+y = torch.compile(model, backend=backend)(x)
+y.sum().backward()
+print(json.dumps({
+    "aot": [counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss", "bypass")],
+    "fx": [counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss", "bypass")],
+    "sum": y.double().sum().item(),
+    "grad": model.up.weight.grad.double().norm().item(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which one process has compiled the program, with the source tree that it used."""
+    folder = tmp_path_factory.mktemp("caches")
+    shutil.copytree(PACKAGE, folder / "sources" / "fuse_pass", ignore=shutil.ignore_patterns("__pycache__"))
+    first = run(folder)
+    assert first["aot"] == [0, 1, 0]
+    assert first["fx"][0] == 0
+    (folder / "first.json").write_text(json.dumps(first))
+    return folder
+
+
+def run(folder: Path, **options: Any) -> dict[str, Any]:
+    """Runs the program in a new process that imports the copied sources and uses the cache in `folder`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder / "sources"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", PROGRAM, json.dumps(options)]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    parsed: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return parsed
+
+
+def test_a_second_process_hits_and_computes_the_same(cache: Path) -> None:
+    first, second = json.loads((cache / "first.json").read_text()), run(cache)
+    assert second["aot"] == [1, 0, 0]
+    assert second["fx"] == [2, 0, 0], "forward and backward"
+    assert (second["sum"], second["grad"]) == (first["sum"], first["grad"])
+
+
+def test_another_option_misses(cache: Path) -> None:
+    assert run(cache, patterns=["dense_act_dense"])["aot"][0] == 0
+    assert run(cache, strict=True)["aot"][0] == 0
+
+
+def test_a_changed_source_file_misses(cache: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(cache, changed)
+    source = changed / "sources" / "fuse_pass" / "ops" / "rng.py"
+    source.write_text(source.read_text() + "\n# another version\n")
+    after = run(changed)
+    assert after["aot"][0] == 0
+    assert after["fx"][0] == 0
