@@ -14,20 +14,13 @@ from torch import Tensor, nn
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.dense_act_dense import example_inputs, reference
+from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
 
 ops = torch.ops.fuse_pass
 SEED, P = 0x1234_5678_9ABC_DEF0, 0.3
 ARGUMENTS: dict[str, tuple[float, ...]] = {"leaky_relu": (0.2,), "elu": (0.7,)}
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "act_weight")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS: dict[str, tuple[int, ...]] = {
-    "rank 1": (),
-    "rank 2": (5,),
-    "rank 3": (3, 5),
-    "rank 4": (2, 3, 5),
-    "empty": (0, 5),
-}
 
 
 def inputs(activation: str = "gelu", dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
@@ -55,26 +48,8 @@ def by_reference(values: dict[str, Any], activation: str = "gelu", p: float = P)
     )  # fmt: skip
 
 
-def wide(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if v is None else v.detach().double().requires_grad_(v.requires_grad) for k, v in values.items()}
-
-
-def run(function: Callable[..., Tensor], values: dict[str, Any], *arguments: Any) -> dict[str, Tensor]:
-    """The value and the gradient of every tensor that wants one."""
-    y = function(values, *arguments)
-    leaves = {name: v for name, v in values.items() if v is not None and v.requires_grad}
-    torch.manual_seed(1)
-    grad_y = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
-    found = torch.autograd.grad(y, list(leaves.values()), grad_y, allow_unused=True)
-    grads = [torch.zeros_like(v) if g is None else g for v, g in zip(leaves.values(), found, strict=True)]
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
 def assert_exact(values: dict[str, Any], *arguments: Any) -> None:
-    result, eager = run(ours, values, *arguments), run(by_reference, values, *arguments)
-    exact = run(by_reference, wide(values), *arguments)
-    for name, value in result.items():
-        assert_as_exact_as_eager(value, eager[name], exact[name], name)
+    assert_gradients_exact(ours, by_reference, values, *arguments)
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------

@@ -13,20 +13,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuse_pass.ops import rng
 from fuse_pass.patterns.dropout_norm import example_inputs, reference
+from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
 
 ops = torch.ops.fuse_pass
 SEED, P, EPS = 0x1234_5678_9ABC_DEF0, 0.3, 1e-5
 NAMES = ("x", "residual", "weight", "bias")
 NORMS = ("layer_norm", "rms_norm")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS: dict[str, tuple[int, ...]] = {
-    "rank 1": (),
-    "rank 2": (5,),
-    "rank 3": (3, 5),
-    "rank 4": (2, 3, 5),
-    "empty": (0, 5),
-}
 
 
 def inputs(norm: str = "layer_norm", dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
@@ -56,26 +49,8 @@ def by_reference(values: dict[str, Any], norm: str = "layer_norm", p: float = P)
     return reference(*(values[name] for name in NAMES), norm=norm, eps=EPS, keep=keep_of(values["x"], p), p=p)
 
 
-def wide(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if v is None else v.detach().double().requires_grad_(v.requires_grad) for k, v in values.items()}
-
-
-def run(function: Callable[..., Tensor], values: dict[str, Any], *arguments: Any) -> dict[str, Tensor]:
-    """The value and the gradient of every tensor that wants one."""
-    y = function(values, *arguments)
-    leaves = {name: v for name, v in values.items() if v is not None and v.requires_grad}
-    torch.manual_seed(1)
-    grad_y = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
-    found = torch.autograd.grad(y, list(leaves.values()), grad_y, allow_unused=True)
-    grads = [torch.zeros_like(v) if g is None else g for v, g in zip(leaves.values(), found, strict=True)]
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
 def assert_exact(values: dict[str, Any], *arguments: Any) -> None:
-    result, eager = run(ours, values, *arguments), run(by_reference, values, *arguments)
-    exact = run(by_reference, wide(values), *arguments)
-    for name, value in result.items():
-        assert_as_exact_as_eager(value, eager[name], exact[name], name)
+    assert_gradients_exact(ours, by_reference, values, *arguments)
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
