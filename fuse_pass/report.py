@@ -123,6 +123,11 @@ class Report:
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
+        if self.graphs == 0:
+            return (
+                "No graph reached fuse_pass: nothing was compiled, or Dynamo left the code to eager PyTorch "
+                "(it does so with a whole function that calls nn.LSTM, nn.GRU or nn.RNN)."
+            )
         fused = ", ".join(f"{count} × {name}" for name, count in sorted(self.counts().items())) or "nothing"
         return f"Fused {fused} in {self.graphs} graph{'' if self.graphs == 1 else 's'}; declined {len(self.declines)}."
 

@@ -29,7 +29,8 @@ def test_table_shows_every_field() -> None:
 
 
 def test_an_empty_report_says_so() -> None:
-    assert str(Report()) == "Fused nothing in 0 graphs; declined 0."
+    assert str(Report(graphs=1)) == "Fused nothing in 1 graph; declined 0."
+    assert "No graph reached fuse_pass" in str(Report())
 
 
 def test_collect_nests_and_sees_only_its_own_time() -> None:

@@ -169,5 +169,5 @@ def _table(measured: dict[str, dict[str, list[float]]], table_format: str) -> st
         medians = [f"{statistics.median(samples[name]) * 1e3:.2f}" for name in (_EAGER, _STOCK, _OURS)]
         ratios = [f"{timing.ratio(samples, name, _OURS):.2f}×" for name in (_EAGER, _STOCK)]
         rows.append([title, *medians, *ratios])
-    headers = ["", _EAGER, _STOCK, _OURS, "faster than eager", "faster than torch.compile"]
+    headers = ["row", _EAGER, _STOCK, _OURS, "faster than eager", "faster than torch.compile"]
     return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", *("right",) * 5))
