@@ -32,6 +32,8 @@ class Reason(StrEnum):
     OVERLAP = "belongs to another match"
     NO_SECOND_LINEAR = "no Linear reads the activation"
     OPAQUE = "hidden in one opaque call"
+    NO_QUANTIZED_LAYER = "no quantised layer"
+    EXCLUDED = "excluded"
 
 
 ADVICE: dict[Reason, str] = {
@@ -52,6 +54,8 @@ ADVICE: dict[Reason, str] = {
     Reason.OVERLAP: "nothing: the other match has fused it",
     Reason.NO_SECOND_LINEAR: "nothing, unless another operation between the layers can be moved",
     Reason.OPAQUE: "compile with fuse_pass.compile",
+    Reason.NO_QUANTIZED_LAYER: "use the `torch.nn` layer itself where a subclass is not needed",
+    Reason.EXCLUDED: "nothing: the caller asked for it",
 }
 
 

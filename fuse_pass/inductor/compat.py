@@ -17,6 +17,7 @@ __all__ = [
     "has_fast_cpu_dtype",
     "inductor_compiler",
     "inductor_seed",
+    "int_mm",
     "is_inductor_option",
     "joint_passes",
     "onednn_linear",
@@ -44,6 +45,11 @@ def onednn_linear() -> torch._ops.OpOverload | None:
         return None
     packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return None if packet is None else packet.default
+
+
+def int_mm() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """`int8 [m, k] @ int8 [k, n] → int32 [m, n]`; None where it is absent."""
+    return getattr(torch, "_int_mm", None)
 
 
 def has_fast_cpu_dtype(dtype: torch.dtype) -> bool:

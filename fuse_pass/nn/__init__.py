@@ -1,6 +1,9 @@
 """Layers for explicit use; one file per layer, the same ops underneath as in rewritten graphs."""
 
+from fuse_pass.nn import quantized
+from fuse_pass.nn.bit_linear import BitLinear
 from fuse_pass.nn.fused_dense_gelu_dense import FusedDenseGELUDense
 from fuse_pass.nn.fused_dropout_layer_norm import FusedDropoutLayerNorm
+from fuse_pass.nn.quantized import *  # noqa: F403 - every Quantized* layer
 
-__all__ = ["FusedDenseGELUDense", "FusedDropoutLayerNorm"]
+__all__ = ["BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", *quantized.__all__]

@@ -1,14 +1,139 @@
-"""`y = gelu(x W1ᵀ + b1) W2ᵀ + b2`: the feed-forward block of a transformer as one layer."""
+"""`y = gelu(x W1ᵀ + b1) W2ᵀ + b2`: the feed-forward block of a transformer as one layer, floating point or LLM.int8."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fuse_pass.nn.plain import are_plain, is_untouched, records_gradient
 from fuse_pass.ops.dense_act_dense import dense_act_dense, dense_act_dense_inference
+from fuse_pass.ops.llm_int8 import QMAX, llm_int8_linear, quantize_rows
 
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def _checked_threshold(threshold: float) -> float:
+    if not threshold >= 0:
+        raise ValueError(f"threshold: expected a number ≥ 0, got {threshold!r}")
+    return threshold
+
+
+class Int8Linear(nn.Linear):
+    """Linear whose product is LLM.int8 (2208.07339 §3; the formula is in `fuse_pass.ops.llm_int8`).
+
+    Maps `[..., in_features]` to `[..., out_features]` in the dtype of its input. The weight is a float16 Parameter that
+    every forward quantises anew, so training and evaluation always see its present value. `quantize_()` turns it into
+    an int8 buffer `weight [out_features, in_features]` and a float32 buffer `weight_scale [out_features]`: no gradient
+    for the weight any more, still one for the input and the bias.
+
+    A state dict of either kind can be loaded into a layer of either kind, also one that bitsandbytes saved (`SCB`).
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        bias: whether there is a bias.
+        threshold: input columns with any magnitude above it are computed in floating point; 0 switches that off.
+        device: where the parameters are created.
+        dtype: dtype of the bias; the weight is float16.
+    """
+
+    weight_scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        threshold: float = 6.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.weight = nn.Parameter(self.weight.detach().half())
+        self.register_buffer("weight_scale", None)
+        self.threshold = _checked_threshold(threshold)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, threshold: float = 6.0) -> Self:
+        """A layer with the weight of `linear` rounded to float16, and the same bias Parameter."""
+        layer = cls(linear.in_features, linear.out_features, False, threshold, device="meta")
+        layer.weight = nn.Parameter(linear.weight.detach().half(), linear.weight.requires_grad)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_bitsandbytes(cls, linear: nn.Module) -> Self:
+        """Copy of a `bitsandbytes.nn.Linear8bitLt`, quantised or not."""
+        state: Any = getattr(linear, "state", None)
+        if not isinstance(linear, nn.Linear) or not hasattr(state, "threshold"):
+            raise TypeError(
+                f"from_bitsandbytes: expected a bitsandbytes.nn.Linear8bitLt, got {type(linear).__qualname__}"
+            )
+        has_bias, device = linear.bias is not None, linear.weight.device
+        layer = cls(linear.in_features, linear.out_features, has_bias, float(state.threshold), device=device)
+        layer.load_state_dict(linear.state_dict())
+        return layer.train(linear.training)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is int8."""
+        return self.weight_scale is not None
+
+    @torch.no_grad()
+    def quantize_(self) -> Self:
+        """Makes the weight int8 with float32 row scales, for inference; nothing if it is already."""
+        if self.is_quantized:
+            return self
+        if self._parameters.get("weight") is None:
+            raise RuntimeError("quantize_: the weight is computed (parametrized, pruned); make it a Parameter first")
+        steps, scale = quantize_rows(self.weight)
+        del self.weight, self.weight_scale
+        self.register_buffer("weight", steps)
+        self.register_buffer("weight_scale", scale.float())
+        return self
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """`[..., in_features] → [..., out_features]`; `activation` (by name) is applied to x first.
+
+        Raises what `nn.Linear` raises for a wrong size, dtype or device.
+        """
+        return llm_int8_linear(
+            x, self.weight, self.bias, scale=self.weight_scale, threshold=self.threshold, activation=activation
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """`.to()`, `.half()` and their like, except that the scales stay float32."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale is not None and self.weight_scale.dtype is not torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        weight_key, scale_key = f"{prefix}weight", f"{prefix}weight_scale"
+        absmax, layout = state_dict.pop(f"{prefix}SCB", None), state_dict.pop(f"{prefix}weight_format", "row")
+        if absmax is not None:
+            state_dict[scale_key] = absmax.float() / QMAX
+        weight = state_dict.get(weight_key)
+        if isinstance(weight, Tensor):
+            if layout not in ("row", 0):
+                errors.append(f"{weight_key}: expected bitsandbytes' row-major layout, got weight_format {layout}")
+            elif weight.dtype is not torch.int8 and self.is_quantized and weight.dim() == 2:
+                state_dict[weight_key], state_dict[scale_key] = quantize_rows(weight.detach())
+            elif weight.dtype is torch.int8 and scale_key not in state_dict:
+                errors.append(f"{weight_key} is int8: expected its scales in {scale_key} (or {prefix}SCB), got none")
+            elif weight.dtype is torch.int8:
+                self.quantize_()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, threshold={self.threshold}, weight={str(self.weight.dtype)[6:]}"
 
 
 class FusedDenseGELUDense(nn.Module):
@@ -16,21 +141,20 @@ class FusedDenseGELUDense(nn.Module):
 
     Maps `[..., dim]` to `[..., dim]` through a hidden layer of size `dim_out`; any rank from 1, empty batches included.
     The state dict is that of the two Linear layers: `dense1.weight [dim_out, dim]`, `dense1.bias [dim_out]`,
-    `dense2.weight [dim, dim_out]`, `dense2.bias [dim]`.
+    `dense2.weight [dim, dim_out]`, `dense2.bias [dim]`; after `quantize_()` also the two `weight_scale`.
 
     Args:
         dim: size of input and output.
         dim_out: size of the hidden layer.
         bias: whether both Linear layers have a bias.
-        has_fp16_weights: LLM.int8 products on float16 weights (2208.07339); not available yet.
-        threshold: |x| above which LLM.int8 keeps a column in floating point; stored, used with `has_fp16_weights`.
+        has_fp16_weights: whether both products are LLM.int8 (2208.07339) on trainable float16 weights (`Int8Linear`).
+        threshold: |x| above which LLM.int8 keeps a column in floating point; 0 keeps none.
         approximate: `"none"` for the exact GELU (erf), `"tanh"` for its approximation.
         device: where the parameters are created.
-        dtype: their dtype.
+        dtype: their dtype; with `has_fp16_weights` that of the biases.
 
     Raises:
         ValueError: `approximate` is neither `"none"` nor `"tanh"`, or `threshold` is negative or NaN.
-        NotImplementedError: `has_fp16_weights=True`.
     """
 
     def __init__(
@@ -46,33 +170,73 @@ class FusedDenseGELUDense(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if has_fp16_weights:
-            raise NotImplementedError(
-                "FusedDenseGELUDense: has_fp16_weights=True (LLM.int8) is not available in this version; "
-                "expected False, which runs the floating-point layer"
-            )
         if approximate not in _ACTIVATIONS:
             raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
-        if not threshold >= 0:
-            raise ValueError(f"threshold: expected a number ≥ 0, got {threshold!r}")
         self.dim = dim
         self.dim_out = dim_out
         self.bias = bias
         self.has_fp16_weights = has_fp16_weights
-        self.threshold = threshold
-        self.dense1 = nn.Linear(dim, dim_out, bias=bias, device=device, dtype=dtype)
+        self._threshold = _checked_threshold(threshold)
+        linear = functools.partial(Int8Linear, threshold=threshold) if has_fp16_weights else nn.Linear
+        self.dense1 = linear(dim, dim_out, bias=bias, device=device, dtype=dtype)
         self.act = nn.GELU(approximate=approximate)
-        self.dense2 = nn.Linear(dim_out, dim, bias=bias, device=device, dtype=dtype)
+        self.dense2 = linear(dim_out, dim, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_bitsandbytes(cls, module: nn.Module) -> Self:
+        """Copy of a module whose `dense1` and `dense2` are `bitsandbytes.nn.Linear8bitLt`, with `act` between them."""
+        first, second = (Int8Linear.from_bitsandbytes(getattr(module, name)) for name in ("dense1", "dense2"))
+        approximate = getattr(getattr(module, "act", None), "approximate", "none")
+        layer = cls(
+            first.in_features, first.out_features, first.bias is not None, True, first.threshold,
+            approximate=approximate, device="meta",
+        )  # fmt: skip
+        layer.dense1, layer.dense2 = first, second
+        return layer.train(module.training)
+
+    @property
+    def threshold(self) -> float:
+        """|x| above which LLM.int8 keeps a column in floating point."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._threshold = _checked_threshold(value)
+        for part in (self.dense1, self.dense2):
+            if isinstance(part, Int8Linear):
+                part.threshold = value
+
+    def quantize_(self) -> Self:
+        """Makes both weights int8 with float32 row scales (LLM.int8), for inference; nothing if they are already.
+
+        A float layer is quantised from its own weights, without a detour by float16.
+        """
+        parts = {"dense1": self.dense1, "dense2": self.dense2}
+        for name, part in parts.items():
+            if not isinstance(part, Int8Linear) and not is_untouched(part, nn.Linear):
+                raise TypeError(f"quantize_: expected {name} to be an nn.Linear without hooks, got {part}")
+        for name, part in parts.items():
+            if not isinstance(part, Int8Linear):
+                weight = part.weight
+                part = Int8Linear.from_float(part, self.threshold)
+                part.weight = weight
+                setattr(self, name, part)
+            part.quantize_()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim] → [..., dim]`; raises what `nn.Linear` raises for a wrong size, dtype or device."""
         first, second = self.dense1, self.dense2
-        if not self._can_fuse(x):
-            return self.dense2(self.act(self.dense1(x)))  # type: ignore[no-any-return]
-        tensors = (x, first.weight, first.bias, second.weight, second.bias)
-        op = dense_act_dense if records_gradient(*tensors) else dense_act_dense_inference
-        result = op(*tensors, None, None, 0.0, _ACTIVATIONS[self.act.approximate], [])
-        return result[0] if op is dense_act_dense else result  # type: ignore[no-any-return]
+        if self._can_fuse(x):
+            tensors = (x, first.weight, first.bias, second.weight, second.bias)
+            op = dense_act_dense if records_gradient(*tensors) else dense_act_dense_inference
+            result = op(*tensors, None, None, 0.0, _ACTIVATIONS[self.act.approximate], [])
+            return result[0] if op is dense_act_dense else result  # type: ignore[no-any-return]
+        hidden = first(x)
+        if is_untouched(self.act, nn.GELU) and is_untouched(second, Int8Linear):
+            # The second product recomputes the activation in backward, so that nothing but x and `hidden` is saved.
+            return second(hidden, _ACTIVATIONS[self.act.approximate])  # type: ignore[no-any-return]
+        return second(self.act(hidden))  # type: ignore[no-any-return]
 
     def _can_fuse(self, x: Tensor) -> bool:
         parts = ((self.dense1, nn.Linear), (self.act, nn.GELU), (self.dense2, nn.Linear))

@@ -1,5 +1,25 @@
 """The fused operators, `torch.ops.fuse_pass.*`; importing this package registers them."""
 
-from fuse_pass.ops import dense, dense_act_dense, dropout_norm, rng
+from fuse_pass.ops import (
+    bit_linear,
+    dense,
+    dense_act_dense,
+    dropout_norm,
+    fake_quantize,
+    fake_quantize_int,
+    llm_int8,
+    rng,
+    straight_through,
+)
 
-__all__ = ["dense", "dense_act_dense", "dropout_norm", "rng"]
+__all__ = [
+    "bit_linear",
+    "dense",
+    "dense_act_dense",
+    "dropout_norm",
+    "fake_quantize",
+    "fake_quantize_int",
+    "llm_int8",
+    "rng",
+    "straight_through",
+]

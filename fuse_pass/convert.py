@@ -1,0 +1,158 @@
+"""`fuse_pass.convert`: swaps the layers of a model for quantised ones, by exact type, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from fuse_pass.formats import Format
+from fuse_pass.nn.quantized import LAYER_FOR, QuantizedLayer
+from fuse_pass.report import Decline, Match, Reason, Report, publish
+from fuse_pass.spec import QuantSpec, spec_of
+
+Spec = QuantSpec | Format | str
+Names = str | Iterable[str]
+
+
+def convert(
+    model: nn.Module,
+    spec: Spec | Mapping[str | type[nn.Module], Spec | None] | None,
+    *,
+    include: Names | None = None,
+    exclude: Names | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Replaces layers by their Quantized* counterparts; `convert(qmodel, None)` goes back.
+
+    Layers are replaced by exact type: a subclass of `nn.Linear` may compute something else and is left alone.
+    Parameters are the same objects in the old and the new layer, so tied weights stay tied and an optimizer keeps
+    working with `inplace=True`; a module that is used in several places is replaced by one module. What was replaced
+    and what was not, and why, goes to every open `fuse_pass.collect()`.
+
+    Args:
+        model: any module; itself a layer, too.
+        spec: a format or its name, a `QuantSpec`, or a mapping from layer types and name patterns (`"encoder.*"`) to
+            these: a name wins over a type, an earlier name over a later one, and None leaves the layer alone. None
+            instead of all of it goes back to the `torch.nn` layers.
+        include: name patterns of the layers to convert, by default all.
+        exclude: name patterns of the layers to leave alone.
+        inplace: change `model` instead of a deep copy.
+
+    Returns:
+        The converted model: `model` itself with `inplace=True`, unless it is itself a layer that was replaced.
+
+    Raises:
+        ValueError: an unknown format or rounding mode; a pattern that no layer's name matches; a type without a
+            quantised layer.
+        TypeError: `model` is no module, or a spec is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
+    chosen = _Choice(spec, include, exclude)
+    chosen.require_names_of(model)
+    model = model if inplace else copy.deepcopy(model)
+    report = Report()
+    twins: dict[int, nn.Module] = {}
+    converted = _converted(model, "", chosen, report, twins)
+    publish(report)
+    return converted
+
+
+def _converted(module: nn.Module, name: str, chosen: _Choice, report: Report, twins: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in twins:
+        return twins[id(module)]
+    new = _swapped(module, name, chosen, report)
+    twins[id(module)] = new
+    if new is module:  # the parts of a replaced layer belong to its arithmetic
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                path = f"{name}.{child_name}" if name else child_name
+                module._modules[child_name] = _converted(child, path, chosen, report, twins)
+    return new
+
+
+def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> nn.Module:
+    if chosen.to_float:
+        is_quantized = isinstance(module, QuantizedLayer) and chosen.allows(name)
+        return module.to_float() if is_quantized else module  # type: ignore[operator]
+    if isinstance(module, QuantizedLayer):
+        return _declined(module, name, report, Reason.OVERLAP, "is quantised already")
+    layer = LAYER_FOR.get(type(module))
+    if layer is None:
+        if not module._modules and (list(module.parameters(recurse=False)) or isinstance(module, tuple(LAYER_FOR))):
+            detail = f"{type(module).__name__} has no quantised layer"
+            return _declined(module, name, report, Reason.NO_QUANTIZED_LAYER, detail)
+        return module
+    spec = chosen.spec_for(module, name)
+    if spec is None:
+        return _declined(module, name, report, Reason.EXCLUDED, "the caller left it out")
+    report.matches.append(Match("convert", f"{layer.__name__}, {spec}", name, "", ""))
+    return layer.from_float(module, spec)
+
+
+def _declined(module: nn.Module, name: str, report: Report, reason: Reason, detail: str) -> nn.Module:
+    report.declines.append(Decline("convert", reason, detail, name, "", ""))
+    return module
+
+
+class _Choice:
+    """Which layer gets which spec."""
+
+    def __init__(self, spec: Any, include: Names | None, exclude: Names | None) -> None:
+        self.to_float = spec is None
+        self._include = None if include is None else _patterns("include", include)
+        self._exclude = () if exclude is None else _patterns("exclude", exclude)
+        self._default: QuantSpec | None = None
+        self._by_name: dict[str, QuantSpec | None] = {}
+        self._by_type: dict[type, QuantSpec | None] = {}
+        if isinstance(spec, Mapping):
+            for key, value in spec.items():
+                self._add(key, None if value is None else spec_of(value))
+        elif spec is not None:
+            self._default = spec_of(spec)
+
+    def _add(self, key: Any, spec: QuantSpec | None) -> None:
+        if isinstance(key, str):
+            self._by_name[key] = spec
+        elif isinstance(key, type) and key in LAYER_FOR:
+            self._by_type[key] = spec
+        elif isinstance(key, type):
+            names = ", ".join(layer.__name__ for layer in LAYER_FOR)
+            raise ValueError(f"convert: {key.__name__} has no quantised layer; these types have: {names}")
+        else:
+            raise TypeError(f"convert: expected layer types and names as keys of the mapping, got {key!r}")
+
+    def allows(self, name: str) -> bool:
+        included = self._include is None or any(fnmatchcase(name, pattern) for pattern in self._include)
+        return included and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
+
+    def spec_for(self, module: nn.Module, name: str) -> QuantSpec | None:
+        if not self.allows(name):
+            return None
+        for pattern, spec in self._by_name.items():
+            if fnmatchcase(name, pattern):
+                return spec
+        return self._by_type.get(type(module), self._default)
+
+    def require_names_of(self, model: nn.Module) -> None:
+        """A pattern without any layer is a misspelt name."""
+        names = [name for name, _ in model.named_modules()]
+        for pattern in (*(self._include or ()), *self._exclude, *self._by_name):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"convert: no module's name matches {pattern!r}; names look like {_examples(names)}")
+
+
+def _patterns(what: str, names: Names) -> tuple[str, ...]:
+    patterns = (names,) if isinstance(names, str) else tuple(names)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"convert: {what}: expected names or patterns, got {pattern!r}")
+    return patterns
+
+
+def _examples(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names[1:4]) or "''"

@@ -1,0 +1,312 @@
+"""LLM.int8: a Linear whose product is int8 × int8 → int32, except for columns of x with outliers (2208.07339 §3).
+
+    O = {k : some |a[i, k]| > threshold}                              outlier columns; none where threshold is 0
+    y = (a_q W_qᵀ) · s_a · s_W + a[:, O] W[:, O]ᵀ + bias               a = act(x), or x itself
+    a_q = round(127 · a / max|a|), s_a = max|a| / 127                 per row of a, over the columns outside O
+    W_q = round(127 · W / max|W|), s_W = max|W| / 127                 per row of W, over all columns
+
+Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, scale `[d_out]`, bias `[d_out]`, y `[..., d_out]` in the dtype of x.
+The weight is floating point and quantised anew in every call, or int8 with its float32 row scales.
+
+- The scales of W leave no column out, as in bitsandbytes: they can be stored, whatever x is.
+- Outlier columns are masked and not gathered, so every shape is static: one graph for all inputs.
+- Scales, dequantisation and the product of the outliers are float32 (float64 for float64 x), so that float16 cannot
+  overflow in between. The integer product is exact.
+- A row of zeros gives the bias. A NaN spoils its row; so does an infinity, unless its column is an outlier.
+
+The gradient is that of the floating-point layer (straight-through): `grad_x = grad_y W`, `grad_W = grad_yᵀ a`, with the
+floating-point weight where there is one, else with the dequantised one. Saved for backward are x and the weight; `act`
+is recomputed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuse_pass.inductor import compat
+from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.ops.dense import product, rows_of
+from fuse_pass.ops.library import (
+    accumulation_dtype,
+    cast_for_autocast,
+    define,
+    define_autocast,
+    define_autograd,
+    placeholders,
+)
+
+QMAX = 127
+# The largest inner sizes at which no sum of products of int8 values (2^14 at most) leaves what float32 and int32 hold.
+MAX_EXACT_FLOAT32 = 2**24 // 2**14
+MAX_EXACT_INT32 = (2**31 - 1) // 2**14
+
+
+def llm_int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    threshold: float = 6.0,
+    activation: str | None = None,
+) -> Tensor:
+    """`linear(act(x), weight, bias)` by LLM.int8.
+
+    Args:
+        x: `[..., d_in]`, floating point.
+        weight: `[d_out, d_in]`, floating point (trainable), or int8 together with `scale`.
+        bias: `[d_out]`.
+        scale: `[d_out]`, real value of one integer step in each row of an int8 weight.
+        threshold: columns of `act(x)` with any magnitude above it are computed in floating point; 0 switches that off.
+        activation: name in `ACTIVATIONS` of a parameterless activation of x, recomputed in backward.
+
+    Returns:
+        `[..., d_out]` in the dtype of x, under autocast in autocast's.
+
+    Raises:
+        RuntimeError: what `torch.nn.functional.linear` raises for such an x.
+        ValueError: an int8 weight without `scale` or the reverse, or `d_in` above 131071 (the int32 sum may overflow).
+    """
+    if (weight.dtype is torch.int8) != (scale is not None):
+        raise ValueError(
+            f"llm_int8_linear: expected an int8 weight with its scale or a floating-point weight without one, got "
+            f"{weight.dtype} and scale={'None' if scale is None else 'a tensor'}"
+        )
+    if weight.dim() != 2 or weight.shape[1] > MAX_EXACT_INT32:
+        raise ValueError(
+            f"llm_int8_linear: expected a weight [d_out, d_in ≤ {MAX_EXACT_INT32}], got {list(weight.shape)}"
+        )
+    if not (x.dim() > 0 and x.is_floating_point() and x.shape[-1] == weight.shape[1] and x.device == weight.device):
+        like = x.dtype if x.is_floating_point() else torch.float32
+        F.linear(x, _float_weight(weight, scale).to(like), None if bias is None else bias.to(like))
+        raise RuntimeError(
+            f"llm_int8_linear: expected a floating-point x [..., {weight.shape[1]}] on the weight's device "
+            f"{weight.device}, got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    op = _UnderTransforms.apply if _is_transformed(x, weight, bias) else _linear_op
+    return op(x, weight, scale, bias, threshold, activation)  # type: ignore[no-any-return]
+
+
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`[rows, k] → int8 steps [rows, k], scale [rows]` with `matrix ≈ steps * scale[:, None]`.
+
+    The scale is float32 (float64 for float64). A row of zeros has scale 0; a row with NaN or infinity has zeros as
+    steps and that value as scale, which makes NaN of every product.
+    """
+    wide = matrix.to(accumulation_dtype(matrix.dtype))
+    absmax = wide.abs().amax(1) if matrix.shape[1] else wide.new_zeros(matrix.shape[0])
+    # 127 · x, and not x / absmax: for half types it is exact, so that ties are ties. Where it would overflow, the row
+    # is scaled by a power of two first.
+    shift = torch.where(absmax > 2.0**100, 2.0**-20, 1.0)
+    unit = torch.where(absmax == 0, 1.0, absmax * shift)
+    steps = torch.round(wide * (QMAX * shift)[:, None] / unit[:, None])
+    return torch.nan_to_num(steps, nan=0.0).to(torch.int8), absmax / QMAX
+
+
+def _float_weight(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight.to(scale.dtype) * scale[:, None]
+
+
+# --- the integer product ----------------------------------------------------------------------------------------------
+
+
+def _int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """`int8 [m, k] @ int8 [n, k].T → int32 [m, n]`, exact."""
+    int_mm = compat.int_mm()
+    if int_mm is not None and _int_mm_serves(a, b):
+        return int_mm(a.contiguous(), b.contiguous().t())
+    return _int8_product_in_float32(a, b)
+
+
+def _int8_product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """The same by sums that float32 holds exactly; so do TF32 and bfloat16, whose significands hold every int8."""
+    parts = (
+        product(a_part.float(), b_part.float()).to(torch.int32)
+        for a_part, b_part in zip(a.split(MAX_EXACT_FLOAT32, 1), b.split(MAX_EXACT_FLOAT32, 1), strict=True)
+    )
+    return functools.reduce(torch.add, parts)
+
+
+def _int_mm_serves(a: Tensor, b: Tensor) -> bool:
+    if a.device.type == "cuda":  # what cuBLAS asks of an int8 product
+        return a.shape[0] > 16 and a.shape[1] > 0 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    return a.device.type == "cpu" and _cpu_int_mm_is_exact()
+
+
+@functools.cache
+def _cpu_int_mm_is_exact() -> bool:
+    """Whether oneDNN's int8 product is right on this machine.
+
+    Without VNNI instructions it adds pairs of products in saturating int16: 64 products 127 · 127 then give 8160
+    instead of 1032256 (measured with ONEDNN_MAX_CPU_ISA=AVX512_CORE). Without oneDNN it is a scalar loop.
+    """
+    int_mm = compat.int_mm()
+    if int_mm is None or not torch.backends.mkldnn.is_available():
+        return False
+    with compat.disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for rows in (1, 20):
+            for sign in (1, -1):
+                a = torch.full((rows, 64), QMAX, dtype=torch.int8)
+                b = torch.full((24, 64), sign * QMAX, dtype=torch.int8)
+                if not bool((int_mm(a, b.t()) == sign * 64 * QMAX**2).all()):
+                    return False
+    return True
+
+
+_int8_product_op = define(
+    "int8_product",
+    "(Tensor a, Tensor b) -> Tensor",
+    _int8_product,
+    lambda a, b: a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32),
+    decompose=False,
+)
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+def _activate(h: Tensor, activation: str | None) -> Tensor:
+    return h if activation is None else ACTIVATIONS[activation].forward(h, (), None)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, threshold: float, activation: str | None
+) -> Tensor:
+    a = _activate(rows_of(x), activation)
+    a = a.to(accumulation_dtype(a.dtype))
+    outliers = None
+    if threshold > 0:
+        is_outlier = (a.abs() > threshold).any(0)
+        # Selected, not multiplied by 0 and 1: an infinity is an outlier as well, and 0 · inf is NaN.
+        outliers, a = torch.where(is_outlier, a, 0.0), torch.where(is_outlier, 0.0, a)
+    steps, row_scale = quantize_rows(a)
+    weight_steps, weight_scale = quantize_rows(weight) if scale is None else (weight, scale)
+    # In this order nothing overflows that does not overflow in the result.
+    y = _int8_product_op(steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
+    if outliers is not None:
+        y = y + product(outliers, _float_weight(weight, scale).to(a.dtype))
+    y = y if bias is None else y + bias
+    # No view for autograd: users may write into the result of a layer.
+    return torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], weight.shape[0]))  # type: ignore[no-any-return]
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (summed in float32); an empty tensor where `output_mask` is False."""
+    need_x, need_weight, need_bias = output_mask
+    grad, h = rows_of(grad_y), rows_of(x)
+    grad_x, grad_weight, grad_bias = placeholders(x, 3)
+    if need_x:
+        grad_h = _float_product(grad, _float_weight(weight, scale).t()).to(x.dtype)
+        if activation is not None:
+            grad_h = ACTIVATIONS[activation].backward(grad_h, h, (), None)
+        grad_x = grad_h.view(x.shape)
+    if need_weight:
+        grad_weight = _float_product(grad.t(), _activate(h, activation).t()).to(weight.dtype)
+    if need_bias:
+        grad_bias = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
+    return grad_x, grad_weight, grad_bias
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return product(a.to(dtype), b.to(dtype))
+
+
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Any, activation: Any, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_weight, need_bias = output_mask
+    no_x, no_weight, no_bias = placeholders(x, 3)
+    return (
+        x.new_empty(x.shape) if need_x else no_x,
+        weight.new_empty(weight.shape) if need_weight else no_weight,
+        grad_y.new_empty(weight.shape[0], dtype=accumulation_dtype(grad_y.dtype)) if need_bias else no_bias,
+    )
+
+
+_linear_op = define(
+    "llm_int8_linear",
+    "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, float threshold, str? activation) -> Tensor",
+    _forward,
+    _fake,
+)
+define(
+    "llm_int8_linear_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor? scale, str? activation, bool[3] output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, bias, _, ctx.activation = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, scale)
+
+
+def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale = ctx.saved_tensors
+    need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    needed = [need_x, need_weight, need_bias]
+    if torch.is_grad_enabled():
+        grads = _differentiable_grads(grad_y, x, weight, scale, ctx.activation)
+    else:
+        grads = torch.ops.fuse_pass.llm_int8_linear_backward(grad_y, x, weight, scale, ctx.activation, needed)
+    grad_x, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return grad_x, grad_weight, None, None if grad_bias is None else grad_bias.to(ctx.bias_dtype), None, None
+
+
+def _differentiable_grads(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients that can be differentiated again (`create_graph=True`), by `torch.func.vjp` of the float layer."""
+    dtype = accumulation_dtype(x.dtype)
+
+    def formula(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(_activate(x, activation).to(dtype), weight.to(dtype)).to(x.dtype)
+
+    _, vjp = torch.func.vjp(formula, x, _float_weight(weight, scale))  # type: ignore[misc]  # 2 results without aux
+    grad_x, grad_weight = vjp(grad_y)
+    return grad_x, grad_weight if scale is None else None, rows_of(grad_y).sum(0, dtype=dtype)
+
+
+define_autograd(_linear_op, _setup, _autograd)
+
+
+class _UnderTransforms(torch.autograd.Function):
+    """The op for `torch.func` transforms, which refuse what `torch.library.register_autograd` makes."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_autograd)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return _linear_op(*arguments)  # type: ignore[no-any-return]
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+for _device_type in ("cpu", "cuda"):
+    # x stays wide, for float16 cannot hold an activation above 65504; what autocast decides is the dtype of the result.
+    define_autocast(
+        _linear_op,
+        _device_type,
+        lambda op, *args, device_type=_device_type: cast_for_autocast(op(*args), device_type),
+    )
