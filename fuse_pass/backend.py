@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +13,14 @@ from torch._dynamo.backends.registry import register_backend
 from torch.fx import Graph, GraphModule
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
+from fuse_pass.formats import Format
 from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cache_key import cache_key
 from fuse_pass.inductor.partition import RecomputeTags
-from fuse_pass.patterns import PATTERNS, Situation, apply
+from fuse_pass.patterns import PATTERNS, Situation, apply, fake_quant
 from fuse_pass.report import Report, publish
+from fuse_pass.spec import QuantSpec, spec_of
 
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
 
@@ -32,6 +35,7 @@ class FuseBackend:
 
     Args:
         patterns: names of the patterns to apply, in any order; None for all.
+        quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
 
     Raises:
@@ -39,7 +43,13 @@ class FuseBackend:
         TypeError: `patterns` is not a collection of names, or `strict` is not a bool.
     """
 
-    def __init__(self, patterns: Iterable[str] | None = None, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        patterns: Iterable[str] | None = None,
+        *,
+        quantize: QuantSpec | Format | str | None = None,
+        strict: bool = False,
+    ) -> None:
         if isinstance(patterns, str):
             raise TypeError(
                 f"patterns: expected a collection of names such as [{patterns!r}], got the string {patterns!r}"
@@ -52,12 +62,18 @@ class FuseBackend:
                 raise ValueError(f"unknown pattern {name!r}; valid names are {', '.join(_PATTERNS_BY_NAME)}")
         self.patterns = tuple(name for name in _PATTERNS_BY_NAME if name in names)
         self.strict = strict
+        self.quantize = None if quantize is None else spec_of(quantize)
+        if self.quantize is not None and self.quantize.grad is not None:
+            raise ValueError(
+                "quantize: gradients are quantised in layers only; expected a QuantSpec with grad=None, "
+                "or use fuse_pass.convert"
+            )
         self.__name__ = "fuse_pass"
 
     @property
     def options(self) -> dict[str, Any]:
         """The configuration as keyword arguments."""
-        return {"patterns": self.patterns, "strict": self.strict}
+        return {"patterns": self.patterns, "quantize": self.quantize, "strict": self.strict}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FuseBackend) and self.options == other.options
@@ -66,7 +82,7 @@ class FuseBackend:
         return hash((FuseBackend, *self.options.values()))
 
     def __repr__(self) -> str:
-        return f"FuseBackend(patterns={list(self.patterns)}, strict={self.strict})"
+        return f"FuseBackend(patterns={list(self.patterns)}, quantize={self.quantize}, strict={self.strict})"
 
     def __call__(
         self,
@@ -96,15 +112,16 @@ class FuseBackend:
         """
         report = Report(graphs=1)
         fused = copy_graph_module(gm)
-        for name in self.patterns:
+        for name, run in self._passes():
             try:
                 for graph, body_of in _graphs(fused):
                     hoist_scalars(graph)
-                    situation = Situation(own_random_numbers, body_of)
-                    report.extend(apply(_PATTERNS_BY_NAME[name], graph, situation))
+                    report.extend(run(graph, Situation(own_random_numbers, body_of)))
                 require_same_outputs(gm, fused)
             except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
-                if self.strict:
+                if (
+                    self.strict or name == fake_quant.NAME
+                ):  # without the numbers that were asked for, it is another model
                     raise
                 warnings.warn(
                     f"fuse_pass: pattern {name} failed ({type(error).__name__}: {error}); "
@@ -119,6 +136,13 @@ class FuseBackend:
             if isinstance(module, GraphModule):
                 module.recompile()
         return fused, report
+
+    def _passes(self) -> Iterator[tuple[str, Callable[[Graph, Situation], Report]]]:
+        """What runs over every graph, in order; fusion comes last, so that it sees the quantised operands."""
+        if self.quantize is not None:
+            yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.quantize)
+        for name in self.patterns:
+            yield name, functools.partial(apply, _PATTERNS_BY_NAME[name])
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fuse_pass.backend import FuseBackend, split_options
+from fuse_pass.formats import Format
+from fuse_pass.spec import QuantSpec
 
 # Their fast path in eval is one opaque call, in which no pattern can be seen.
 _WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -19,10 +21,11 @@ def compile(
     model: Callable[..., Any] | None = None,
     *,
     patterns: Iterable[str] | None = None,
+    quantize: QuantSpec | Format | str | None = None,
     strict: bool = False,
     **torch_compile_kwargs: Any,
 ) -> Any:
-    """`torch.compile(model, backend=FuseBackend(patterns, strict=strict), **torch_compile_kwargs)`, set up for fusion.
+    """`torch.compile(model, backend=FuseBackend(patterns, …), **torch_compile_kwargs)`, set up for fusion.
 
     Options are checked at once, and not at the first call. For models with `nn.TransformerEncoder` or
     `nn.MultiheadAttention`, PyTorch's fast path for these layers is switched off while the compiled model runs, and
@@ -31,6 +34,7 @@ def compile(
     Args:
         model: module or function; None to use `compile` as a decorator.
         patterns: names of the patterns to apply; None for all.
+        quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
 
@@ -43,10 +47,10 @@ def compile(
             "fuse_pass.compile always uses the fuse_pass backend and takes no `backend`; "
             "for another one call torch.compile"
         )
-    backend = FuseBackend(patterns, strict=strict)
+    backend = FuseBackend(patterns, quantize=quantize, strict=strict)
     split_options(torch_compile_kwargs.get("options") or {})
     if model is None:
-        return functools.partial(compile, patterns=patterns, strict=strict, **torch_compile_kwargs)
+        return functools.partial(compile, patterns=patterns, quantize=quantize, strict=strict, **torch_compile_kwargs)
     compiled: Any = torch.compile(model, backend=backend, **torch_compile_kwargs)
     if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
         compiled.forward = _without_fast_path(compiled.forward)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from fuse_pass.graph.shapes import same_shape, value_of
@@ -84,6 +85,39 @@ class Editor:
         with self._graph.inserting_before(point):
             yield
 
+    @contextlib.contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Inserts directly before a node."""
+        self._like = node
+        with self._graph.inserting_before(node):
+            yield
+
+    @contextlib.contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """Inserts directly after a node, in order."""
+        self._like = node
+        with self._graph.inserting_before(node.next):
+            yield
+
+    def traced(self, function: Callable[..., Any], node: Node) -> Node:
+        """Adds the operations that `function(tensor)` runs on the value of a node; returns the one with the result."""
+        value = node.meta["example_value"]
+        with self._surroundings():
+            traced = make_fx(function)(value)
+        twins: dict[Node, Any] = {}
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                twins[inner] = node
+            elif inner.op == "call_function":
+                arguments, options = map_arg((inner.args, inner.kwargs), twins.__getitem__)
+                twins[inner] = self.call(inner.target, *arguments, **options)
+            elif inner.op == "output":
+                result: Node = twins[inner.args[0]]
+                return result
+            else:
+                raise RewriteError(f"{node.name}: {inner.op} {inner.target} cannot be copied into a graph")
+        raise RewriteError(f"{node.name}: the traced function has no result")
+
     def call(self, target: Callable[..., Any] | str, *arguments: Any, **options: Any) -> Node:
         """Adds a call (of a function, or of a method if `target` is a name) and computes its fake value."""
         arguments, options = map_arg((arguments, options), self.current)
@@ -99,11 +133,14 @@ class Editor:
 
     def replace(self, old: Node, new: Node) -> None:
         """Lets every reader of `old` read `new`, after comparing what is known about the two values."""
-        require_same_value(old, new)
-        # The original's fake value carries requires_grad as Dynamo saw it.
-        new.meta["example_value"] = old.meta["example_value"]
+        self.stands_for(new, old)
         old.replace_all_uses_with(new)
         self._replaced[old] = new
+
+    def stands_for(self, new: Node, old: Node) -> None:
+        """Gives `new` the fake value of `old`, which knows requires_grad as Dynamo saw it; compares the two before."""
+        require_same_value(old, new)
+        new.meta["example_value"] = old.meta["example_value"]
 
     def erase(self, group: Iterable[Node]) -> None:
         """Removes replaced nodes, and weight transposes that only they have read."""
@@ -123,6 +160,14 @@ class Editor:
         self, target: Callable[..., Any] | str, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         values, named = map_arg((arguments, options), lambda node: node.meta["example_value"])
+        with self._surroundings():
+            if isinstance(target, str):
+                return getattr(values[0], target)(*values[1:], **named)
+            return target(*values, **named)
+
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """The modes in which the node that we stand at computes its value."""
         with contextlib.ExitStack() as stack:
             # The mode of the neighbours: the one that is active while a backend runs is another, not to be mixed in.
             like = value_of(self._like)
@@ -131,9 +176,7 @@ class Editor:
             stack.enter_context(torch.no_grad())
             for device_type, dtype, enabled, cache in self._view.autocast_stack(self._like):
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
-            if isinstance(target, str):
-                return getattr(values[0], target)(*values[1:], **named)
-            return target(*values, **named)
+            yield
 
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")

@@ -24,6 +24,7 @@ from torch import Tensor
 from fuse_pass.ops.library import accumulation_dtype
 
 LEVELS = 127
+_SMALLEST_NEGATIVE = -(2**31) + 1  # float32 −2^-149, as the integer of its bits
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,23 @@ def _round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = value.to(dtype)
     if dtype is torch.float64:
         return rounded
-    below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
-    return torch.where(rounded.double() > value, below, rounded)
+    # `nextafter` by bits: Inductor repeats this for every vector of weights, and the library call is slow.
+    bits = rounded.view(torch.int32)
+    below = torch.where(rounded > 0, bits - 1, torch.where(rounded < 0, bits + 1, _SMALLEST_NEGATIVE))
+    return torch.where(rounded.double() > value, below.view(torch.float32), rounded)
 
 
 def weight_codes(weight: Tensor, threshold: Tensor, variant: str) -> Tensor:
     """W̃, int8: −1 and 1 (b1), or −1, 0 and 1 (b1.58)."""
     wide = weight.to(threshold.dtype)
     limit = per_row(threshold, weight.shape[0]).unsqueeze(1)
-    if variant == "b1":
-        return (wide > limit).to(torch.int8) * 2 - 1
-    return (wide > limit).to(torch.int8) - (wide < -limit).to(torch.int8)
+    # By sign bits and not by bools, of which Inductor makes an int8 one at a time (6 ns each, against 0.07).
+    above = _minus_one_if_negative(limit - wide)
+    return (-2 * above - 1 if variant == "b1" else _minus_one_if_negative(wide + limit) - above).to(torch.int8)
+
+
+def _minus_one_if_negative(x: Tensor) -> Tensor:
+    return x.view(torch.int64) >> 63 if x.dtype is torch.float64 else x.view(torch.int32) >> 31
 
 
 def per_row(of_groups: Tensor, rows: int) -> Tensor:

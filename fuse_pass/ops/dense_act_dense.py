@@ -12,7 +12,7 @@ Saved for backward are x, the pre-activation h and the seed; `act(h)` and the dr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,17 +30,28 @@ from fuse_pass.ops.library import (
     define_autograd,
     placeholders,
 )
+from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 _TAIL_SCHEMA = (
-    "Tensor weight2, Tensor? bias2, Tensor? act_weight, Tensor? seed, float p, str activation, float[] act_arguments"
+    "Tensor weight2, Tensor? bias2, Tensor? act_weight, Tensor? seed, float p, str activation, float[] act_arguments, "
+    "int[] hidden_format=[], int[] act_format=[]"
 )
 _SCHEMA = f"(Tensor x, Tensor weight1, Tensor? bias1, {_TAIL_SCHEMA})"
 
 
 def _activate(
-    h: Tensor, act_weight: Tensor | None, seed: Tensor | None, p: float, activation: str, arguments: Any
+    h: Tensor,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    arguments: Any,
+    hidden_format: Sequence[int],
+    act_format: Sequence[int],
+    quantize: Callable[[Tensor, Sequence[int]], Tensor] = quantize_packed,
 ) -> Tensor:
-    return rng.dropout(ACTIVATIONS[activation].forward(h, arguments, act_weight), seed, p)
+    a = ACTIVATIONS[activation].forward(quantize(h, hidden_format), arguments, act_weight)
+    return quantize(rng.dropout(a, seed, p), act_format)
 
 
 def _forward(
@@ -54,9 +65,12 @@ def _forward(
     p: float,
     activation: str,
     act_arguments: list[float],
+    hidden_format: Sequence[int] = (),
+    act_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     h = product(rows_of(x), weight1, bias1)
-    y = product(_activate(h, act_weight, seed, p, activation, act_arguments), weight2, bias2)
+    a = _activate(h, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
+    y = product(a, weight2, bias2)
     return _shaped_like_rows_of(x, y), h
 
 
@@ -71,9 +85,15 @@ def _forward_inference(
     p: float,
     activation: str,
     act_arguments: list[float],
+    hidden_format: Sequence[int] = (),
+    act_format: Sequence[int] = (),
 ) -> Tensor:
+    if hidden_format:  # something stands between the product and the activation
+        tail = (act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
+        return _forward(x, weight1, bias1, weight2, bias2, *tail)[0]
     a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight)
-    return _shaped_like_rows_of(x, product(rng.dropout(a, seed, p), weight2, bias2))
+    a = quantize_packed(rng.dropout(a, seed, p), act_format)
+    return _shaped_like_rows_of(x, product(a, weight2, bias2))
 
 
 def _tail_forward(
@@ -85,8 +105,10 @@ def _tail_forward(
     p: float,
     activation: str,
     act_arguments: list[float],
+    hidden_format: Sequence[int] = (),
+    act_format: Sequence[int] = (),
 ) -> Tensor:
-    a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments)
+    a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
     return _shaped_like_rows_of(h, product(a, weight2, bias2))
 
 
@@ -100,23 +122,26 @@ def _tail_backward(
     activation: str,
     act_arguments: list[float],
     output_mask: list[bool],
+    hidden_format: Sequence[int] = (),
+    act_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
     need_h, need_weight2, need_bias2, need_act_weight = output_mask
     grad, h2d = rows_of(grad_y), rows_of(h)
     grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
     if need_weight2:
-        a = _activate(h2d, act_weight, seed, p, activation, act_arguments)
+        a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
         grad_weight2 = product(grad.t(), a.t())
     if need_bias2:
         grad_bias2 = grad.sum(0)
     if need_h or need_act_weight:
         grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
+        seen = quantize_packed(h2d, hidden_format)  # by the activation; the quantisation itself is straight through
         if need_h:
-            grad_h = ACTIVATIONS[activation].backward(grad_a, h2d, act_arguments, act_weight).view(h.shape)
+            grad_h = ACTIVATIONS[activation].backward(grad_a, seen, act_arguments, act_weight).view(h.shape)
         if need_act_weight:
             assert act_weight is not None
-            grad_act_weight = _prelu_weight_grad(grad_a, h2d, act_weight)
+            grad_act_weight = _prelu_weight_grad(grad_a, seen, act_weight)
     return grad_h, grad_weight2, grad_bias2, grad_act_weight
 
 
@@ -139,12 +164,14 @@ def _backward(
     activation: str,
     act_arguments: list[float],
     output_mask: list[bool],
+    hidden_format: Sequence[int] = (),
+    act_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
     need_x, need_weight1, need_bias1, *need_tail = output_mask
     grad_h, grad_weight2, grad_bias2, grad_act_weight = _tail_backward(
         grad_y, h, weight2, act_weight, seed, p, activation, act_arguments,
-        [need_x or need_weight1 or need_bias1, *need_tail],
+        [need_x or need_weight1 or need_bias1, *need_tail], hidden_format, act_format,
     )  # fmt: skip
     no_x, no_weight1, no_bias1 = placeholders(h, 3)
     return (
@@ -195,14 +222,26 @@ def _fake_tail_backward(
     act: Any,
     arguments: Any,
     mask: list[bool],
+    *formats: Any,
 ) -> tuple[Tensor, ...]:
     return _fake_gradients((h, weight2, weight2[:, 0], act_weight), mask)
 
 
 def _fake_backward(
-    grad_y: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, h: Tensor, act_weight: Any, *rest: Any
+    grad_y: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    h: Tensor,
+    act_weight: Any,
+    seed: Any,
+    p: Any,
+    act: Any,
+    arguments: Any,
+    mask: list[bool],
+    *formats: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients((x, weight1, weight1[:, 0], weight2, weight2[:, 0], act_weight), rest[-1])
+    return _fake_gradients((x, weight1, weight1[:, 0], weight2, weight2[:, 0], act_weight), mask)
 
 
 dense_act_dense = define("dense_act_dense", f"{_SCHEMA} -> (Tensor y, Tensor h)", _forward, _fake)
@@ -218,14 +257,16 @@ act_dense = define(
 dense_act_dense_backward = define(
     "dense_act_dense_backward",
     "(Tensor grad_y, Tensor x, Tensor weight1, Tensor weight2, Tensor h, Tensor? act_weight, Tensor? seed, float p, "
-    "str activation, float[] act_arguments, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str activation, float[] act_arguments, bool[6] output_mask, int[] hidden_format=[], int[] act_format=[]) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 act_dense_backward = define(
     "act_dense_backward",
     "(Tensor grad_y, Tensor h, Tensor weight2, Tensor? act_weight, Tensor? seed, float p, str activation, "
-    "float[] act_arguments, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float[] act_arguments, bool[4] output_mask, int[] hidden_format=[], "
+    "int[] act_format=[]) -> (Tensor, Tensor, Tensor, Tensor)",
     _tail_backward,
     _fake_tail_backward,
 )
@@ -237,7 +278,7 @@ _TAIL_DIFFERENTIABLE = (0, 1, 2, 3)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.p, ctx.activation, ctx.act_arguments = inputs
+    tensors, ctx.settings, ctx.formats = inputs[:7], inputs[7:10], inputs[10:]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -245,40 +286,53 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Any) -> tuple[Tensor | None, ...]:
     *tensors, h = ctx.saved_tensors
-    settings = (ctx.p, ctx.activation, ctx.act_arguments)
     needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if grad_y is None:
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():
-        grads = _differentiable_grads(_formula, tensors, settings, needed, grad_y)
+        grads = _differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
     else:
         x, weight1, _, weight2, _, act_weight, seed = tensors
         grads = torch.ops.fuse_pass.dense_act_dense_backward(
-            grad_y, x, weight1, weight2, h, act_weight, seed, *settings, needed
+            grad_y, x, weight1, weight2, h, act_weight, seed, *ctx.settings, needed, *ctx.formats
         )
     return _only_needed(grads, needed, len(ctx.needs_input_grad))
 
 
 def _tail_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.p, ctx.activation, ctx.act_arguments = inputs
+    tensors, ctx.settings, ctx.formats = inputs[:5], inputs[5:8], inputs[8:]
     ctx.save_for_backward(*tensors)
 
 
 def _tail_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    settings = (ctx.p, ctx.activation, ctx.act_arguments)
     needed = [ctx.needs_input_grad[i] for i in _TAIL_DIFFERENTIABLE]
     if torch.is_grad_enabled():
-        grads = _differentiable_grads(_tail_formula, tensors, settings, needed, grad_y)
+        grads = _differentiable_grads(_tail_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
     else:
         h, weight2, _, act_weight, seed = tensors
-        grads = torch.ops.fuse_pass.act_dense_backward(grad_y, h, weight2, act_weight, seed, *settings, needed)
+        grads = torch.ops.fuse_pass.act_dense_backward(
+            grad_y, h, weight2, act_weight, seed, *ctx.settings, needed, *ctx.formats
+        )
     return _only_needed(grads, needed, len(ctx.needs_input_grad))
 
 
-def _tail_formula(h: Tensor, weight2: Tensor, bias2: Tensor | None, *activation: Any) -> Tensor:
+def _tail_formula(
+    h: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act_weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    hidden_format: Sequence[int] = (),
+    act_format: Sequence[int] = (),
+) -> Tensor:
     """`act_dense` in differentiable PyTorch, for second derivatives."""
-    a = _activate(rows_of(h), *activation)
+    a = _activate(
+        rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, straight_through_packed
+    )
     return F.linear(a, weight2, bias2).view(_output_shape(h, weight2))
 
 

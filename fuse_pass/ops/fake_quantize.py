@@ -64,7 +64,7 @@ def _bound(
     return torch.where(rounded > top, top + ((beyond - top) & outwards), rounded)
 
 
-def _body(
+def round_to_format(
     x: Tensor,
     seed: Tensor | None,
     exp_bits: int,
@@ -76,6 +76,7 @@ def _body(
     overflow: str,
     clip_grad: bool,
 ) -> Tensor:
+    """The arithmetic of the op `fake_quantize`, with its arguments; no gradient of its own."""
     fmt = FloatFormat(exp_bits, sig_bits, bias=bias, encoding=encoding, subnormal=subnormal)
     if holds_all(x.dtype, fmt):
         return x.clone()
@@ -111,7 +112,7 @@ fake_quantize = define(
     "fake_quantize",
     "(Tensor x, Tensor? seed, int exp_bits, int sig_bits, int bias, str encoding, str rounding, bool subnormal, "
     "str overflow, bool clip_grad) -> Tensor",
-    _body,
+    round_to_format,
     _fake,
 )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.ops.packed_format import pack
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
 from fuse_pass.report import Reason
@@ -137,9 +138,11 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
 
 def _ending_in(view: GraphView, second: Linear, taken: Set[Node]) -> tuple[Candidate | None, FoundActivation | None]:
     upper = view.walk_up(second.input)
-    dropout = view.op(upper.node)
     walks, p = [upper], 0.0
     nodes: list[Node] = [*second.nodes, *upper.passed]
+    act_format = _through_quantisation(view, walks, nodes)
+    upper = walks[-1]
+    dropout = view.op(upper.node)
     if (
         dropout is not None
         and dropout.kind == "dropout"
@@ -153,12 +156,27 @@ def _ending_in(view: GraphView, second: Linear, taken: Set[Node]) -> tuple[Candi
     if activation is None:
         return None, None
     walks.append(view.walk_up(activation.input))
+    nodes += [*activation.nodes, *walks[-1].passed]
+    hidden_format = _through_quantisation(view, walks, nodes)
     first = view.linears.get(walks[-1].node)
     if first is None:
         return None, activation
-    nodes += [*activation.nodes, *walks[-1].passed]
     in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
-    return _candidate(first, activation, second, p, walks, nodes, in_chain=in_chain), activation
+    formats = (hidden_format, act_format)
+    return _candidate(first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
+
+
+def _through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node]) -> list[int]:
+    """Walks on past a deterministic fake quantisation; returns its settings as the op takes them, or none."""
+    node = walks[-1].node
+    if node.target is not torch.ops.fuse_pass.fake_quantize.default:
+        return []
+    source, seed, *settings, clip_grad = cast(tuple[Any, ...], node.args)
+    if seed is not None or clip_grad or not isinstance(source, Node):
+        return []
+    walks.append(view.walk_up(source))
+    nodes += [node, *walks[-1].passed]
+    return pack(*settings)
 
 
 def _candidate(
@@ -168,6 +186,7 @@ def _candidate(
     p: Any,
     walks: list[Walk],
     nodes: list[Node],
+    formats: tuple[list[int], list[int]],
     *,
     in_chain: bool,
 ) -> Candidate:
@@ -189,10 +208,12 @@ def _candidate(
         "drops": drops,
         "activation": activation.name,
         "arguments": activation.arguments,
+        "formats": formats,
     }
     words = [activation.name.replace("_", " ")]
     words += [f"dropout {p}"] if drops else []
     words += ["chained"] if in_chain else []
+    words += ["fake-quantised"] if any(formats) else []
     return Candidate(
         anchor=second.node,
         nodes=frozenset(nodes),
@@ -269,6 +290,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             constants["p"] if constants["drops"] else 0.0,
             constants["activation"],
             list(constants["arguments"]),
+            *(constants["formats"] if any(constants["formats"]) else ()),
         )
         if inputs["weight1"] is None:
             y = editor.call(torch.ops.fuse_pass.act_dense.default, inputs["x"], *tail, *settings)

@@ -116,6 +116,16 @@ def test_ties_go_to_even_and_sign_of_zero_is_minus_one() -> None:
     assert codes.tolist() == [[1, 0, 0, -1]]
 
 
+def test_thresholds_are_rounded_down() -> None:
+    """So that w > threshold means the same in float32 as in float64, for numbers between two float32 and on them."""
+    on = torch.tensor([0.0, 1.0, -1.0, 2.0**-149, -(2.0**-126), 1.1, -1.1], dtype=torch.float32).double()
+    gap = torch.tensor([2.0**-149, 2.0**-23, 2.0**-24, 2.0**-149, 2.0**-149, 2.0**-23, 2.0**-23], dtype=torch.float64)
+    for fraction in (0.0, 0.25, 0.5, 0.75):
+        rounded = bit_codes._round_down(on + fraction * gap, torch.float32)
+        assert torch.equal(rounded.double(), on)
+        assert rounded.dtype is torch.float32
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_weights_do_not_depend_on_how_a_mean_is_rounded(dtype: torch.dtype) -> None:
     for value in (0.1, -0.3, 1 / 3):
@@ -158,6 +168,12 @@ def test_inputs_of_any_magnitude(variant: str, magnitude: float) -> None:
     codes, _ = bit_codes.activation_codes(pattern * magnitude, variant)
     expected, _ = papers_activations(wide(pattern * magnitude), variant)
     assert np.array_equal(wide(codes), expected)
+
+
+def test_division_by_way_of_float64_rounds_as_float32_does() -> None:
+    """What stands in for a float32 division on a GPU; numerators and denominators of full length."""
+    a, b = (torch.randint(2**23, 2**24, (1_000_000,)).float() for _ in range(2))
+    assert torch.equal((a.double() / b.double()).float(), a / b)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -141,7 +141,7 @@ def test_all_half_patterns(fmt: FloatFormat, half: torch.dtype) -> None:
     x = all_halves(half)
     for mode in DETERMINISTIC:
         for subnormal in (True, False):
-            expected = table(fmt).round(x.numpy().astype(np.float64), mode, subnormal)
+            expected = table(fmt).round(x.double().numpy(), mode, subnormal)
             assert_rounds_as(expected, x, quantize(x, fmt, mode, subnormal=subnormal))
 
 
@@ -243,6 +243,8 @@ def test_agrees_with_ml_dtypes(name: str, fmt: FloatFormat) -> None:
     near = torch.randn(100_000) * torch.exp2(torch.randint(-20, 20, (100_000,)).float())
     x = torch.cat([all_halves(torch.float16), all_halves(torch.bfloat16), random, near])
     x = x if fmt.has_nan else x[~x.isnan()]
+    if not fmt.signed:  # ml_dtypes 0.6 rounds up what lies just above 2^-127, a subnormal number of float32
+        x = x[(x.abs() >= 2.0**-126) | (x == 0)]
     with np.errstate(invalid="ignore", over="ignore"):
         expected = x.numpy().astype(dtype).astype(np.float64)
     assert_rounds_as(expected, x, quantize(x, fmt, "nearest", overflow=overflow))
@@ -280,6 +282,22 @@ def test_agrees_with_matlabs_chop() -> None:
             ours = twice
         assert torch.equal(ours, torch.from_numpy(answers[key])), key
     assert twice_rounded == {"half": 0, "bfloat16": 0, "q43": 286, "q52": 4}
+
+
+def test_scales_are_powers_of_two() -> None:
+    fmt = formats["e8m0"]
+    assert isinstance(fmt, FloatFormat)
+    x = torch.tensor([1.0, 1.4, 1.5, 1.9, 3.0, 2.0**-127, 1.01 * 2.0**-127, 1.5 * 2.0**-127, 1e-45, 3e38])
+    powers = {
+        "nearest": [1, 1, 2, 2, 4, 2.0**-127, 2.0**-127, 2.0**-126, 2.0**-127, 2.0**127],
+        "towards_zero": [1, 1, 1, 1, 2, 2.0**-127, 2.0**-127, 2.0**-127, 2.0**-127, 2.0**127],
+        "plus_inf": [1, 2, 2, 2, 4, 2.0**-127, 2.0**-126, 2.0**-126, 2.0**-127, 2.0**127],
+    }
+    for mode, expected in powers.items():
+        assert quantize(x, fmt, mode, overflow="saturate").tolist() == expected
+        assert quantize(x.double(), fmt, mode, overflow="saturate").tolist() == expected
+    outside = torch.tensor([0.0, -0.0, -1.0, float("nan"), float("-inf")])
+    assert quantize(outside, fmt, "nearest", overflow="saturate").isnan().all()
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,231 @@
+"""Fake quantisation put into graphs: the bits of `convert`, every value once, and still fused."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fuse_pass
+from fuse_pass import FuseBackend, QuantSpec, Reason, Site, convert, fake_quantize, fuse_backend
+from tests.capture import Captured, capture
+
+
+class Everything(nn.Module):
+    """Every layer that both `convert` and the backend reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 8)
+        self.conv, self.transposed = nn.Conv1d(8, 8, 3, padding=1), nn.ConvTranspose1d(8, 8, 3)
+        self.batch, self.group = nn.BatchNorm1d(8), nn.GroupNorm(2, 8)
+        self.instance, self.norm = nn.InstanceNorm1d(8, affine=True), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.transposed(self.conv(self.embedding(tokens).transpose(1, 2)))
+        x = self.instance(self.group(self.batch(x))).transpose(1, 2)
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+TOKENS = torch.arange(12).view(2, 6) % 5
+FORMATS = ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "int8", "int4_asymmetric", "fixed7_8", "mxfp8_e4m3")
+
+
+def quantised(function: Any, *inputs: Any, spec: Any, **options: Any) -> Captured:
+    return capture(function, *inputs, backend=FuseBackend(quantize=spec, strict=True), **options)
+
+
+def calls(captured: Captured) -> int:
+    return len(captured.calls("fake_quantize"))
+
+
+def run(model: nn.Module, call: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    y = call(TOKENS)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+    return {"y": y.detach(), **{name: p.grad for name, p in model.named_parameters()}, **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_bits_of_convert(spec: str, training: bool) -> None:
+    model = Everything().train(training)
+    converted, ours = convert(model, spec), copy.deepcopy(model)
+    report = fuse_pass.report.Report()
+
+    def rewrite_only(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        fused, found = FuseBackend(quantize=spec, strict=True).rewrite(gm)
+        report.extend(found)
+        return fused.forward
+
+    theirs = run(converted, converted)
+    mine = run(ours, torch.compile(ours, backend=rewrite_only))
+    assert report.counts()["fake_quant"] == 9
+    assert torch.equal(mine["y"], theirs["y"])
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "bf16", QuantSpec.uniform("fp8_e5m2", rounding="towards_zero")], ids=str)
+def test_fused_with_quantised_operands(spec: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Dropout(0.0), nn.Linear(24, 8))
+    x = torch.randn(5, 8, requires_grad=True)
+    captured = quantised(model, x, spec=spec)
+    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert "fake-quantised" in captured.report.matches[-1].variant
+    converted = convert(model, spec, include=["0", "3"])
+    expected = converted(x)
+    assert torch.equal(captured.output, expected)
+    grads = torch.autograd.grad(captured.output.sum(), [x, *model.parameters()])
+    for a, b in zip(grads, torch.autograd.grad(expected.sum(), [x, *converted.parameters()]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_fused_and_quantised_through_inductor() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8)), torch.randn(5, 8)
+    backend = FuseBackend(quantize="fp8_e4m3")
+    with fuse_pass.collect() as report:
+        ours = torch.compile(model, backend=backend, fullgraph=True)(x)
+    assert report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    expected = convert(model, "fp8_e4m3", include=["0", "2"])(x)
+    torch.testing.assert_close(ours, expected, rtol=0.13, atol=1e-3)  # a sum in another order may round to a neighbour
+    assert torch.equal(ours, fake_quantize(ours, "fp8_e4m3"))
+    ours.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_value_is_quantised_once() -> None:
+    q, k, v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def projections(x: Tensor) -> Tensor:
+        return q(x) + k(x) + v(x) + q(x)
+
+    captured = quantised(projections, torch.randn(3, 8), spec=QuantSpec(input="fp8_e4m3", weight="fp8_e4m3"))
+    assert captured.report.counts() == {"fake_quant": 4}
+    assert calls(captured) == 4, "one input and three weights, of which q's is used twice"
+
+
+def test_a_written_value_is_quantised_again() -> None:
+    weight = torch.randn(8, 8)
+
+    def writing(x: Tensor) -> Tensor:
+        x = x * 2
+        first = F.linear(x, weight)
+        x.add_(1)
+        return first + F.linear(x, weight)
+
+    x = torch.randn(3, 8)
+    captured = quantised(writing, x, spec=QuantSpec(input="fp8_e4m3"))
+    assert calls(captured) == 2
+    expected = F.linear(fake_quantize(2 * x, "fp8_e4m3"), weight)
+    expected = expected + F.linear(fake_quantize(2 * x + 1, "fp8_e4m3"), weight)
+    torch.testing.assert_close(captured.output, expected)
+
+
+def test_a_result_is_not_quantised_twice() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    captured = quantised(model, torch.randn(3, 8), spec="fp16")
+    assert calls(captured) == 1 + 2 * 3, "one input; weight, bias and output of each"
+
+
+@pytest.mark.parametrize(
+    ("function", "operands"),
+    [
+        (lambda x, y: x @ y.transpose(-1, -2), 2),
+        (lambda x, y: torch.bmm(x, y.transpose(-1, -2)), 2),
+        (lambda x, y: x.matmul(y.mT), 2),
+        (lambda x, y: torch.einsum("bij,bkj->bik", x, y), 2),
+        (lambda x, y: F.scaled_dot_product_attention(query=x, key=y, value=y), 3),
+        (lambda x, y: F.rms_norm(x * y, (4,)), 1),
+    ],
+    ids=["matmul", "bmm", "method", "einsum", "sdpa by keyword", "rms_norm"],
+)
+def test_products_and_norms(function: Any, operands: int) -> None:
+    captured = quantised(function, torch.randn(2, 3, 4), torch.randn(2, 3, 4), spec=QuantSpec(input="fp8_e4m3"))
+    assert captured.report.counts() == {"fake_quant": 1}
+    nodes = [n for gm in captured.rewritten for n in gm.graph.nodes]
+    quantising = captured.calls("fake_quantize")
+    reads = Counter(a for n in nodes if n not in quantising for a in n.all_input_nodes if a in quantising)
+    assert 1 <= len(reads) <= operands
+
+
+def test_parameters_of_products_are_weights() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    head, x = Head(), torch.randn(3, 4)
+    captured = quantised(head, x, spec=QuantSpec(weight="fp4_e2m1"))
+    torch.testing.assert_close(captured.output, x @ fake_quantize(head.weight, "fp4_e2m1"))
+
+
+def test_what_is_out_of_reach_is_reported() -> None:
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
+    captured = quantised(lambda x: attention(x, x, x)[0], x, spec="fp8_e4m3")
+    (decline,) = captured.report.declines
+    assert (decline.pattern, decline.reason) == ("fake_quant", Reason.OPAQUE)
+    assert "fuse_pass.convert opens it" in decline.detail.replace("`", "")
+    torch.testing.assert_close(captured.output, attention(x, x, x)[0])
+
+
+def test_stochastic_rounding_respects_fallback_random() -> None:
+    spec = QuantSpec.uniform("fp8_e4m3", rounding="stoc_prop")
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    captured = quantised(layer, x, spec=spec, own_random_numbers=False)
+    assert [decline.reason for decline in captured.report.declines] == [Reason.FALLBACK_RANDOM]
+    assert torch.equal(captured.output, layer(x))
+    assert quantised(layer, x, spec=spec).report.counts() == {"fake_quant": 1}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dynamic_shapes(dynamic: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
+    x = torch.randn(5, 8)
+    captured = quantised(model, x, spec="fp8_e4m3", dynamic=dynamic)
+    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert torch.equal(captured.output, convert(model, "fp8_e4m3", include=["0", "2"])(x))
+
+
+def test_a_failure_raises_because_other_numbers_are_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("broken insertion")
+
+    monkeypatch.setattr("fuse_pass.patterns.fake_quant._Inserter.quantise", fail)
+    with pytest.raises(Exception, match="broken insertion"):
+        torch.compile(nn.Linear(3, 4), backend=FuseBackend(quantize="fp16"))(torch.randn(2, 3))
+
+
+def test_configuration() -> None:
+    assert FuseBackend(quantize="fp16") == FuseBackend(quantize=QuantSpec.uniform("fp16"))
+    assert FuseBackend(quantize="fp16") != fuse_backend
+    assert hash(FuseBackend(quantize="fp16")) == hash(FuseBackend(quantize="fp16"))
+    assert FuseBackend(quantize=QuantSpec(input=Site("int8"))).quantize.input.format.name == "int8"
+    with pytest.raises(ValueError, match="unknown format 'fp17'"):
+        FuseBackend(quantize="fp17")
+    with pytest.raises(ValueError, match="gradients are quantised in layers only"):
+        FuseBackend(quantize=QuantSpec(grad="fp8_e5m2"))
+    with pytest.raises(ValueError, match="unknown format 'fp17'"):
+        fuse_pass.compile(nn.Linear(3, 4), quantize="fp17")
+
+
+def test_the_op_s_gradients_with_quantised_interior() -> None:
+    """Straight through both quantisations: the formula by hand."""
+    x, w1, w2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (6, 4), (5, 6)))
+    settings = fuse_pass.ops.packed_format.pack(5, 2, 15, "ieee", "nearest", True, "ieee")
+    y = torch.ops.fuse_pass.dense_act_dense(x, w1, None, w2, None, None, None, 0.0, "silu", [], settings, settings)[0]
+    grads = torch.autograd.grad(y.sum(), (x, w1, w2))
+    h = x @ w1.T
+    seen = fake_quantize(h, "fp8_e5m2")
+    a = fake_quantize(F.silu(seen), "fp8_e5m2")
+    torch.testing.assert_close(y, a @ w2.T)
+    torch.testing.assert_close(grads, torch.autograd.grad((a @ w2.T).sum(), (x, w1, w2)))
