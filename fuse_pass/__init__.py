@@ -3,6 +3,7 @@
 from fuse_pass import nn
 from fuse_pass.analysis import coverage
 from fuse_pass.backend import FuseBackend, fuse_backend
+from fuse_pass.calibrate import calibrate
 from fuse_pass.convert import convert
 from fuse_pass.formats import BlockFormat, FixedFormat, FloatFormat, Granularity, IntFormat, formats
 from fuse_pass.front import compile
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "Site",
     "absmax_quantize",
+    "calibrate",
     "collect",
     "compile",
     "convert",

@@ -63,11 +63,8 @@ class FuseBackend:
         self.patterns = tuple(name for name in _PATTERNS_BY_NAME if name in names)
         self.strict = strict
         self.quantize = None if quantize is None else spec_of(quantize)
-        if self.quantize is not None and self.quantize.grad is not None:
-            raise ValueError(
-                "quantize: gradients are quantised in layers only; expected a QuantSpec with grad=None, "
-                "or use fuse_pass.convert"
-            )
+        if self.quantize is not None:
+            _require_stateless(self.quantize)
         self.__name__ = "fuse_pass"
 
     @property
@@ -143,6 +140,22 @@ class FuseBackend:
             yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.quantize)
         for name in self.patterns:
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name])
+
+
+def _require_stateless(spec: QuantSpec) -> None:
+    """A graph has no place for what layers keep or do in backward."""
+    if spec.grad is not None:
+        raise ValueError(
+            "quantize: gradients are quantised in layers only; expected a QuantSpec with grad=None, "
+            "or use fuse_pass.convert"
+        )
+    for name in ("input", "weight", "bias", "output"):
+        site = getattr(spec, name)
+        if site is not None and site.needs_scale:
+            raise ValueError(
+                f"quantize: a {site.scale} scale belongs to a layer; expected scale=None or 'dynamic' for {name}, "
+                "or use fuse_pass.convert and fuse_pass.calibrate"
+            )
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

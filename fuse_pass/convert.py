@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from fuse_pass.formats import Format
+from fuse_pass.formats import Format, IntFormat
+from fuse_pass.nn import FusedDenseGELUDense, Int8Linear
 from fuse_pass.nn.quantized import LAYER_FOR, QuantizedLayer
+from fuse_pass.nn.quantized.base import whole_weight
 from fuse_pass.report import Decline, Match, Reason, Report, publish
-from fuse_pass.spec import QuantSpec, spec_of
+from fuse_pass.spec import QuantSpec, Site, spec_of
 
 Spec = QuantSpec | Format | str
 Names = str | Iterable[str]
+LLM_INT8 = "llm_int8"
 
 
 def convert(
@@ -25,6 +29,7 @@ def convert(
     include: Names | None = None,
     exclude: Names | None = None,
     inplace: bool = False,
+    learn_scales: bool = False,
 ) -> nn.Module:
     """Replaces layers by their Quantized* counterparts; `convert(qmodel, None)` goes back.
 
@@ -37,22 +42,26 @@ def convert(
         model: any module; itself a layer, too.
         spec: a format or its name, a `QuantSpec`, or a mapping from layer types and name patterns (`"encoder.*"`) to
             these: a name wins over a type, an earlier name over a later one, and None leaves the layer alone. None
-            instead of all of it goes back to the `torch.nn` layers.
+            instead of all of it goes back to the `torch.nn` layers. "llm_int8" gives every `nn.Linear` int8 weights
+            for inference (2208.07339), from which there is no way back.
         include: name patterns of the layers to convert, by default all.
         exclude: name patterns of the layers to leave alone.
         inplace: change `model` instead of a deep copy.
+        learn_scales: scales of integer inputs, and of integer weights of more than one dimension in layers that have
+            one, become parameters (1902.08153), where the spec leaves their source open; `fuse_pass.calibrate` gives
+            those of the inputs their first value.
 
     Returns:
         The converted model: `model` itself with `inplace=True`, unless it is itself a layer that was replaced.
 
     Raises:
         ValueError: an unknown format or rounding mode; a pattern that no layer's name matches; a type without a
-            quantised layer.
+            quantised layer; `learn_scales` without any integer input or weight.
         TypeError: `model` is no module, or a spec is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
-    chosen = _Choice(spec, include, exclude)
+    chosen = _Choice(spec, include, exclude, learn_scales=learn_scales)
     chosen.require_names_of(model)
     model = model if inplace else copy.deepcopy(model)
     report = Report()
@@ -79,6 +88,8 @@ def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> n
     if chosen.to_float:
         is_quantized = isinstance(module, QuantizedLayer) and chosen.allows(name)
         return module.to_float() if is_quantized else module  # type: ignore[operator]
+    if chosen.llm_int8:
+        return _with_int8_weights(module, name, chosen, report)
     if isinstance(module, QuantizedLayer):
         return _declined(module, name, report, Reason.OVERLAP, "is quantised already")
     layer = LAYER_FOR.get(type(module))
@@ -94,6 +105,17 @@ def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> n
     return layer.from_float(module, spec)
 
 
+def _with_int8_weights(module: nn.Module, name: str, chosen: _Choice, report: Report) -> nn.Module:
+    if type(module) not in (nn.Linear, FusedDenseGELUDense):
+        return module
+    if not chosen.allows(name):
+        return _declined(module, name, report, Reason.EXCLUDED, "the caller left it out")
+    report.matches.append(Match("convert", LLM_INT8, name, "", ""))
+    if isinstance(module, FusedDenseGELUDense):
+        return module.quantize_()
+    return Int8Linear.quantized(module)  # type: ignore[arg-type]
+
+
 def _declined(module: nn.Module, name: str, report: Report, reason: Reason, detail: str) -> nn.Module:
     report.declines.append(Decline("convert", reason, detail, name, "", ""))
     return module
@@ -102,8 +124,9 @@ def _declined(module: nn.Module, name: str, report: Report, reason: Reason, deta
 class _Choice:
     """Which layer gets which spec."""
 
-    def __init__(self, spec: Any, include: Names | None, exclude: Names | None) -> None:
+    def __init__(self, spec: Any, include: Names | None, exclude: Names | None, *, learn_scales: bool = False) -> None:
         self.to_float = spec is None
+        self.llm_int8 = isinstance(spec, str) and spec == LLM_INT8
         self._include = None if include is None else _patterns("include", include)
         self._exclude = () if exclude is None else _patterns("exclude", exclude)
         self._default: QuantSpec | None = None
@@ -112,8 +135,14 @@ class _Choice:
         if isinstance(spec, Mapping):
             for key, value in spec.items():
                 self._add(key, None if value is None else spec_of(value))
-        elif spec is not None:
+        elif spec is not None and not self.llm_int8:
             self._default = spec_of(spec)
+        self._learn_scales = learn_scales
+        if learn_scales:
+            specs = (self._default, *self._by_name.values(), *self._by_type.values())
+            sites = [site for spec in specs if spec is not None for site in (spec.input, spec.weight)]
+            if not any(_can_learn(site) for site in sites):
+                raise ValueError("convert: learn_scales needs an integer format for inputs or weights, e.g. 'int8'")
 
     def _add(self, key: Any, spec: QuantSpec | None) -> None:
         if isinstance(key, str):
@@ -133,10 +162,12 @@ class _Choice:
     def spec_for(self, module: nn.Module, name: str) -> QuantSpec | None:
         if not self.allows(name):
             return None
-        for pattern, spec in self._by_name.items():
+        spec = self._by_type.get(type(module), self._default)
+        for pattern, by_name in self._by_name.items():
             if fnmatchcase(name, pattern):
-                return spec
-        return self._by_type.get(type(module), self._default)
+                spec = by_name
+                break
+        return _learning(spec, module) if self._learn_scales and spec is not None else spec
 
     def require_names_of(self, model: nn.Module) -> None:
         """A pattern without any layer is a misspelt name."""
@@ -144,6 +175,21 @@ class _Choice:
         for pattern in (*(self._include or ()), *self._exclude, *self._by_name):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"convert: no module's name matches {pattern!r}; names look like {_examples(names)}")
+
+
+def _can_learn(site: Site | None) -> bool:
+    return site is not None and isinstance(site.format, IntFormat) and site.scale is None
+
+
+def _learning(spec: QuantSpec, module: nn.Module) -> QuantSpec:
+    """The spec with learned scales where one tensor with several elements per scale stands behind a site."""
+    if spec.input is not None and _can_learn(spec.input) and spec.input.granularity.kind == "tensor":
+        spec = replace(spec, input=replace(spec.input, scale="learned"))
+    if spec.weight is None or not _can_learn(spec.weight):
+        return spec
+    weight = whole_weight(module, spec.weight)
+    has_scales_to_learn = weight is not None and weight.dim() > 1
+    return replace(spec, weight=replace(spec.weight, scale="learned")) if has_scales_to_learn else spec
 
 
 def _patterns(what: str, names: Names) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ straight through for gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fuse_pass.ops.fake_quantize import OVERFLOWS
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEFT_OVER = 0x2545F4914F6CDD1D
 _WEYL = -0x61C8864680B583EB  # odd, 2**64 / golden ratio: seeds of successive calls differ in many bits
 
 
@@ -63,28 +65,34 @@ def fake_quantize(
     granularity = Granularity(granularity) if isinstance(granularity, str) else granularity
     _check_options(fmt, scale, zero_point, overflow)
     drawn = _seed_for(x, rounding, seed, generator)
-    if isinstance(fmt, BlockFormat):
-        value = _round_blocks(x.detach(), fmt, rounding, drawn)
-        return torch.ops.fuse_pass.straight_through(x, value)  # type: ignore[no-any-return]
     if isinstance(fmt, FixedFormat):
         return _round_fixed(x, fmt, rounding, clip_grad, drawn)
     if isinstance(fmt, FloatFormat) and scale is None:
         return _round_float(x, fmt, rounding, subnormal, overflow, clip_grad, drawn)
     if x.numel() == 0:
         return x.clone()
-    grouped, dims = _grouped(x, granularity)
-    if isinstance(fmt, FloatFormat):
-        assert scale is not None
-        factor = _absmax(grouped, dims, fmt.max) if isinstance(scale, str) else scale
-        y = _round_scaled_float(grouped, factor, fmt, rounding, subnormal, overflow or "saturate", clip_grad, drawn)
-    else:
-        if not isinstance(scale, Tensor):
-            scale, zero_point = _int_scale(grouped, dims, fmt)
-            clip_grad = False
-        y = torch.ops.fuse_pass.fake_quantize_int(
-            grouped, scale, zero_point, drawn, fmt.quant_min, fmt.quant_max, rounding, clip_grad
+
+    def quantize(
+        x: Tensor, dims: tuple[int, ...], scale: Any, zero_point: Tensor | None, seed: Tensor | None
+    ) -> Tensor:
+        """Elements that differ along `dims` share a scale."""
+        if isinstance(fmt, BlockFormat):
+            return _round_blocks(x, fmt, rounding, seed)
+        if isinstance(fmt, FloatFormat):
+            factor = _absmax(x, dims, fmt.max) if isinstance(scale, str) else scale
+            return _round_scaled_float(x, factor, fmt, rounding, subnormal, overflow or "saturate", clip_grad, seed)
+        assert isinstance(fmt, IntFormat)
+        given = isinstance(scale, Tensor)
+        if not given:
+            scale, zero_point = _int_scale(x, dims, fmt)
+        return torch.ops.fuse_pass.fake_quantize_int(  # type: ignore[no-any-return]
+            x, scale, zero_point, seed, fmt.quant_min, fmt.quant_max, rounding, clip_grad and given
         )
-    return _ungrouped(y, x)
+
+    size = fmt.block_size if isinstance(fmt, BlockFormat) else granularity.size
+    if size is None:
+        return quantize(x, _shared_dims(x, granularity), scale, zero_point, drawn)
+    return _by_groups(quantize, x, size, scale, zero_point, drawn)
 
 
 def absmax_quantize(x: Tensor, bits: int = 8, *, dim: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -272,14 +280,12 @@ def _held(number: int, dtype: torch.dtype) -> int:
 
 
 def _round_blocks(x: Tensor, fmt: BlockFormat, rounding: str, seed: Tensor | None) -> Tensor:
-    """OCP MX 1.0 §6.3: scale 2^(floor(log2 max|x|) − element.emax), within the scale's own range."""
-    if x.numel() == 0:
-        return x.clone()
+    """`x [..., blocks, elements]`; OCP MX 1.0 §6.3: scale 2^(floor(log2 max|x|) − element.emax), within its format."""
     carrier = core.compute_carrier(x.dtype)
-    blocks, dims = _grouped(x.to(carrier.dtype), Granularity("group", size=fmt.block_size))
-    exponent = (blocks.abs().amax(dims, keepdim=True).view(carrier.int_dtype) >> carrier.sig_bits) - carrier.bias
+    blocks = x.detach().to(carrier.dtype)
+    exponent = (blocks.abs().amax(-1, keepdim=True).view(carrier.int_dtype) >> carrier.sig_bits) - carrier.bias
     exponent = (exponent - fmt.element.emax).clamp(fmt.scale.emin, fmt.scale.emax)
-    # Two factors, because neither 2^127 · 2 nor the inverse of the largest scale is a normal number.
+    # Two factors, because the inverse of the largest scale is no normal number.
     half = exponent >> 1
     up, up_again = (_power_of_two(e, carrier) for e in (half, exponent - half))
     down, down_again = (_power_of_two(-e, carrier) for e in (half, exponent - half))
@@ -291,41 +297,64 @@ def _round_blocks(x: Tensor, fmt: BlockFormat, rounding: str, seed: Tensor | Non
         element = _round_fixed(ratio, fmt.element, rounding, False, seed)
     else:
         element = _round_float(ratio, fmt.element, rounding, None, "saturate", False, seed)
-    return _ungrouped(element * up * up_again, x).to(x.dtype)
+    return torch.ops.fuse_pass.straight_through(x, (element * up * up_again).to(x.dtype))  # type: ignore[no-any-return]
 
 
 def _power_of_two(exponent: Tensor, carrier: core.Carrier) -> Tensor:
     return ((exponent + carrier.bias) << carrier.sig_bits).view(carrier.dtype)
 
 
-def _grouped(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:
-    """x with one more dimension for groups, and the dimensions that share a scale."""
+def _shared_dims(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
+    """The dimensions along which elements share a scale; not for groups."""
     every = tuple(range(x.dim()))
     if granularity.kind == "tensor":
-        return x, every
-    if granularity.kind == "channel":
-        axis = granularity.axis
-        assert axis is not None
-        if not -x.dim() <= axis < x.dim():
-            raise ValueError(f"granularity 'channel' with axis {axis} for a tensor of {x.dim()} dimensions")
-        return x, tuple(dim for dim in every if dim != axis % x.dim())
+        return every
     if granularity.kind == "token":
-        return x, every[-1:]
-    size = granularity.size
-    assert size is not None
+        return every[-1:]
+    axis = granularity.axis
+    assert axis is not None
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"granularity 'channel' with axis {axis} for a tensor of {x.dim()} dimensions")
+    return tuple(dim for dim in every if dim != axis % x.dim())
+
+
+def _grouped(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:
+    """For observers: x with one more dimension for groups, the last one filled up with zeros; the dimensions shared."""
+    if granularity.size is None:
+        return x, _shared_dims(x, granularity)
     rows = x.reshape(1) if x.dim() == 0 else x
-    surplus = -rows.shape[-1] % size
-    if surplus:
-        rows = F.pad(rows, (0, surplus))
-    return rows.unflatten(-1, (-1, size)), (-1,)
+    rows = F.pad(rows, (0, -rows.shape[-1] % granularity.size))
+    return rows.unflatten(-1, (-1, granularity.size)), (-1,)
 
 
-def _ungrouped(y: Tensor, x: Tensor) -> Tensor:
-    """Back to the shape of x, without the padding of the last group."""
-    if y.dim() == x.dim():
-        return y
-    rows = y.flatten(-2)
-    return rows[0] if x.dim() == 0 else rows[..., : x.shape[-1]]
+def _by_groups(
+    quantize: Callable[[Tensor, tuple[int, ...], Any, Tensor | None, Tensor | None], Tensor],
+    x: Tensor,
+    size: int,
+    scale: Any,
+    zero_point: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """The groups of `size` and then the shorter one that is left over.
+
+    Not by padding: Inductor computes a padded value once for every use of it, and its C++ for a slice of flattened
+    groups leaves the last one out (torch 2.13).
+    """
+    rows = x.reshape(1) if x.dim() == 0 else x
+    left_over = rows.shape[-1] % size
+    groups = rows.shape[-1] // size
+    parts = []
+    for start, count, length in ((0, groups, size), (groups, 1, left_over)):
+        if count and length:
+            part = rows[..., start * size : start * size + count * length].unflatten(-1, (count, length))
+            step, zero = (
+                q[..., start : start + count, :] if isinstance(q, Tensor) and q.dim() > 1 else q
+                for q in (scale, zero_point)
+            )
+            stream = seed if start == 0 or seed is None else seed ^ _LEFT_OVER
+            parts.append(quantize(part, (-1,), step, zero, stream).flatten(-2))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y[0] if x.dim() == 0 else y
 
 
 def _absmax(x: Tensor, dims: tuple[int, ...], largest: float) -> Tensor:

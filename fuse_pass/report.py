@@ -34,6 +34,7 @@ class Reason(StrEnum):
     OPAQUE = "hidden in one opaque call"
     NO_QUANTIZED_LAYER = "no quantised layer"
     EXCLUDED = "excluded"
+    DYNAMIC_SCALE = "scale stays dynamic"
 
 
 ADVICE: dict[Reason, str] = {
@@ -56,6 +57,7 @@ ADVICE: dict[Reason, str] = {
     Reason.OPAQUE: "compile with fuse_pass.compile",
     Reason.NO_QUANTIZED_LAYER: "use the `torch.nn` layer itself where a subclass is not needed",
     Reason.EXCLUDED: "nothing: the caller asked for it",
+    Reason.DYNAMIC_SCALE: "nothing: the scale is taken from each tensor, as before calibration",
 }
 
 

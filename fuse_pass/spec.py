@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
-from fuse_pass.formats import Format, Granularity, IntFormat, as_format
+from fuse_pass.formats import FloatFormat, Format, Granularity, IntFormat, as_format
 from fuse_pass.ops.rounding import as_rounding
 
 SITES = ("input", "weight", "bias", "output", "state", "grad")
+SCALES = ("dynamic", "static", "learned")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,13 @@ class Site:
         rounding: rounding mode by name or number, e.g. `"nearest"` or 1.
         granularity: which elements share a scale; for formats with a scale.
         clip_grad: whether the gradient is 0 where the value saturates, instead of passing straight through.
+        scale: where the scale comes from, for integers and floating point. None: integers take theirs from each tensor
+            until `calibrate` has set it, floating point has none. "dynamic": always from the tensor, by absmax.
+            "static": from `calibrate`, without which forward raises. "learned": a parameter, for integers
+            (1902.08153); it starts from `calibrate`, that of a single weight from the weight itself.
+
+    Raises:
+        ValueError: an unknown scale, or one that the format has no use for.
     """
 
     format: Format
@@ -28,10 +36,34 @@ class Site:
     rounding: str = "nearest"
     granularity: Granularity = Granularity()  # noqa: RUF009  # frozen
     clip_grad: bool = False
+    scale: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", as_format(self.format))
         object.__setattr__(self, "rounding", as_rounding(self.rounding))
+        if self.scale is None:
+            return
+        if self.scale not in SCALES:
+            raise ValueError(f"unknown scale {self.scale!r} of a Site; valid are {', '.join(SCALES)} and None")
+        if not isinstance(self.format, (IntFormat, FloatFormat)):
+            raise ValueError(f"{self.format.name} brings its own scale; got scale={self.scale!r}")
+        if self.scale == "learned" and not isinstance(self.format, IntFormat):
+            raise ValueError(f"only integers have a learned scale, not {self.format.name}")
+
+    def of_rows(self) -> Site:
+        """The same for rows that were looked up in a table: a scale per row of the table is one per row here."""
+        is_per_row = self.granularity == Granularity("channel", axis=0)
+        return replace(self, granularity=Granularity("token")) if is_per_row else self
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether forward can do nothing before a scale is set."""
+        return self.scale in ("static", "learned")
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether a scale that is set is used."""
+        return self.needs_scale or (self.scale is None and isinstance(self.format, IntFormat))
 
 
 @dataclass(frozen=True)
@@ -65,6 +97,8 @@ class QuantSpec:
             object.__setattr__(self, name, self._site(name, getattr(self, name)))
 
     def _site(self, name: str, value: Any) -> Site | None:
+        if isinstance(value, Site) and name == "grad" and value.needs_scale:
+            raise ValueError(f"QuantSpec.grad: the scale of a gradient is dynamic, got scale={value.scale!r}")
         if value is None or isinstance(value, Site):
             return value
         try:

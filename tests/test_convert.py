@@ -164,3 +164,16 @@ def test_mistakes(arguments: dict[str, Any], error: type[Exception], message: st
 def test_not_a_module() -> None:
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
         convert(lambda x: x, "fp16")
+
+
+def test_llm_int8_weights() -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), fuse_nn.FusedDenseGELUDense(24, 32), nn.Linear(24, 4))
+    x = torch.randn(5, 16)
+    with fuse_pass.collect() as report:
+        converted = convert(model, "llm_int8", exclude="3")
+    assert report.counts() == {"convert": 2}
+    assert [type(layer).__name__ for layer in converted] == ["Int8Linear", "ReLU", "FusedDenseGELUDense", "Linear"]
+    assert converted[0].weight.dtype is converted[2].dense1.weight.dtype is torch.int8
+    assert model[0].weight.dtype is torch.float32
+    torch.testing.assert_close(converted(x), model(x), rtol=0.1, atol=0.05)
+    assert not torch.equal(converted(x), model(x))

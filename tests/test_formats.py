@@ -135,7 +135,7 @@ def test_other_arguments_that_make_no_format() -> None:
     for bits in (1, 17):
         with pytest.raises(ValueError, match="bits must lie in 2…16"):
             IntFormat(bits)
-    with pytest.raises(TypeError, match="bits must be an integer, got 8.0"):
+    with pytest.raises(TypeError, match=r"bits must be an integer, got 8\.0"):
         IntFormat(8.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="int_bits must lie in 0…31, got -1"):
         FixedFormat(-1, 4)

@@ -29,10 +29,10 @@ ALLOWED = {
     "backend": {"formats", "graph", "inductor", "ops", "patterns", "report", "spec"},
     "analysis": {"backend", "report"},
     "front": {"backend", "formats", "spec"},
-    "commands": {"analysis", "backend", "machine", "patterns", "report"},
+    "commands": {"analysis", "backend", "machine", "patterns", "quantize", "report"},
     "cli": {"commands"},
     "__main__": {"cli"},
-    "__init__": {"analysis", "backend", "convert", "formats", "front", "nn", "quantize", "report", "spec"},
+    "__init__": {"analysis", "backend", "calibrate", "convert", "formats", "front", "nn", "quantize", "report", "spec"},
 }
 MAY_NAME_INDUCTOR = {"inductor", "ops"}
 

@@ -9,56 +9,23 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
 from fuse_pass.backend import fuse_backend
 from fuse_pass.commands import timing
+from fuse_pass.commands.bench_models import Block, DropoutAddNorm, mlp, step
+from fuse_pass.commands.bench_numbers import COSTS, Cost
 from fuse_pass.commands.errors import CommandError
 
 NAME, HELP = "bench", "time fuse_pass against torch.compile and eager PyTorch"
 
-_OURS, _STOCK, _EAGER = "fuse_pass", "torch.compile", "eager"
-
-
-class DropoutAddNorm(nn.Module):
-    """`LayerNorm(residual + dropout(x))`."""
-
-    def __init__(self, dim: int, p: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(p)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.norm(residual + self.dropout(x))  # type: ignore[no-any-return]
-
-
-def _mlp(dim: int, hidden: int, p: float) -> nn.Module:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(p), nn.Linear(hidden, dim))
-
-
-class Block(nn.Module):
-    """A post-norm transformer block, as in BERT."""
-
-    def __init__(self, dim: int, heads: int, p: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
-        self.attention_norm = DropoutAddNorm(dim, p)
-        self.mlp = _mlp(dim, 4 * dim, 0.0)
-        self.mlp_norm = DropoutAddNorm(dim, p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        x = self.attention_norm(self.project(attended), x)
-        return self.mlp_norm(self.mlp(x), x)  # type: ignore[no-any-return]
+_OURS, _STOCK, _EAGER, _BASELINE = "fuse_pass", "torch.compile", "eager", "baseline"
 
 
 @dataclass(frozen=True)
@@ -89,11 +56,11 @@ ROWS = (
     Row("dropout+residual+LayerNorm", lambda: DropoutAddNorm(768, 0.1), ((2048, 768),) * 2, True),
     Row("dropout+residual+LayerNorm", lambda: DropoutAddNorm(768, 0.1), ((2048, 768),) * 2, True, torch.bfloat16),
     Row("residual+LayerNorm", lambda: DropoutAddNorm(768, 0.1), ((2048, 768),) * 2, False),
-    Row("Linear-GELU-dropout-Linear", lambda: _mlp(768, 3072, 0.1), ((256, 768),), True),
-    Row("Linear-GELU-Linear", lambda: _mlp(768, 3072, 0.0), ((256, 768),), True),
-    Row("Linear-GELU-Linear", lambda: _mlp(768, 3072, 0.0), ((256, 768),), False),
-    Row("Linear-GELU-Linear", lambda: _mlp(768, 3072, 0.0), ((256, 768),), True, torch.bfloat16),
-    Row("Linear-GELU-Linear", lambda: _mlp(768, 3072, 0.0), ((256, 768),), False, torch.bfloat16),
+    Row("Linear-GELU-dropout-Linear", lambda: mlp(768, 3072, 0.1), ((256, 768),), True),
+    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), True),
+    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), False),
+    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), True, torch.bfloat16),
+    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), False, torch.bfloat16),
     Row("transformer block", lambda: Block(384, 12, 0.1), ((4, 128, 384),), True),
     Row("transformer block", lambda: Block(384, 12, 0.1), ((4, 128, 384),), False),
 )
@@ -110,33 +77,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rows = [row for row in ROWS if options.only is None or options.only in row.title]
-    if not rows:
+    costs = [cost for cost in COSTS if cost.is_available and (options.only is None or options.only in cost.title)]
+    if not rows and not costs:
         raise CommandError(f"no row has {options.only!r} in its title; the titles are:\n" + _titles())
     if options.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if options.threads < 1:
         raise CommandError(f"--threads: expected 1 or more, got {options.threads}")
-    measured = {}
-    for row in rows:
-        print(f"{row.title}: compiling …", file=sys.stderr, flush=True)
-        with timing.threads(options.threads):
-            contenders = _contenders(row, options.device)
-            with timing.pinned(options.threads):
-                measured[row.title] = timing.alternate(contenders, options.seconds)
+    device = options.device
+    measured = {row.title: _measure(row.title, partial(_contenders, row, device), options) for row in rows}
+    cost_samples = {cost.title: _measure(cost.title, partial(_against, cost, device), options) for cost in costs}
     machine = timing.machine(options.device, options.threads)
-    print(_table(measured, options.format))
-    print(f"\nMedian milliseconds; ratios are medians over rounds. Measured on {machine}.")
+    if measured:
+        print(_table(measured, options.format) + "\n")
+    if costs:
+        print(_cost_table(costs, cost_samples, options.format) + "\n")
+    print(f"Median milliseconds; ratios are medians over rounds. Measured on {machine}.")
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": machine, "seconds": measured}, indent=1))
+        Path(options.json).write_text(json.dumps({"machine": machine, "seconds": measured | cost_samples}, indent=1))
+
+
+def _measure(
+    title: str, build: Callable[[], dict[str, Callable[[], object]]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    print(f"{title}: compiling …", file=sys.stderr, flush=True)
+    with timing.threads(options.threads):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        contenders = build()
+        with timing.pinned(options.threads):
+            return timing.alternate(contenders, options.seconds)
 
 
 def _titles() -> str:
-    return "\n".join(f"  {row.title}" for row in ROWS)
+    return "\n".join(f"  {row.title}" for row in (*ROWS, *COSTS))
 
 
 def _contenders(row: Row, device: str) -> dict[str, Callable[[], object]]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
     module = row.build().to(device, row.dtype).train(row.train)
     inputs = [torch.randn(shape, device=device, dtype=row.dtype, requires_grad=row.train) for shape in row.shapes]
     compiled: dict[str, Callable[..., Any]] = {
@@ -144,23 +121,7 @@ def _contenders(row: Row, device: str) -> dict[str, Callable[[], object]]:
         _STOCK: torch.compile(copy.deepcopy(module)),
         _OURS: torch.compile(copy.deepcopy(module), backend=fuse_backend),
     }
-    return {name: _step(model, inputs, train=row.train) for name, model in compiled.items()}
-
-
-def _step(model: Any, inputs: list[Tensor], *, train: bool) -> Callable[[], object]:
-    def infer() -> object:
-        with torch.no_grad():
-            return model(*inputs)
-
-    def step() -> None:
-        for tensor in (*inputs, *model.parameters()):
-            tensor.grad = None
-        y = model(*inputs)
-        y.backward(torch.ones_like(y))
-
-    run = step if train else infer
-    run()  # compiles
-    return run
+    return {name: step(model, inputs, train=row.train) for name, model in compiled.items()}
 
 
 def _table(measured: dict[str, dict[str, list[float]]], table_format: str) -> str:
@@ -171,3 +132,20 @@ def _table(measured: dict[str, dict[str, list[float]]], table_format: str) -> st
         rows.append([title, *medians, *ratios])
     headers = ["row", _EAGER, _STOCK, _OURS, "faster than eager", "faster than torch.compile"]
     return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", *("right",) * 5))
+
+
+def _against(cost: Cost, device: str) -> dict[str, Callable[[], object]]:
+    ours, baseline = cost.build(device)
+    return {_OURS: ours, _BASELINE: baseline}
+
+
+def _cost_table(costs: list[Cost], measured: dict[str, dict[str, list[float]]], table_format: str) -> str:
+    rows = []
+    for cost in costs:
+        samples = measured[cost.title]
+        medians = [f"{statistics.median(samples[name]) * 1e3:.2f}" for name in (_OURS, _BASELINE)]
+        rows.append(
+            [cost.title, medians[0], cost.baseline, medians[1], f"{timing.ratio(samples, _OURS, _BASELINE):.2f}×"]
+        )
+    headers = ["number formats", _OURS, "against", "baseline", "takes"]
+    return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", "right", "left", "right", "right"))

@@ -135,7 +135,8 @@ def _int8_product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 def _int_mm_serves(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "cuda":  # what cuBLAS asks of an int8 product
         return a.shape[0] > 16 and a.shape[1] > 0 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
-    return a.device.type == "cpu" and _cpu_int_mm_is_exact()
+    # With k = 1 the strides of the transposed b tell a row from a column no more, and the CPU takes the wrong one.
+    return a.device.type == "cpu" and a.shape[1] > 1 and _cpu_int_mm_is_exact()
 
 
 @functools.cache

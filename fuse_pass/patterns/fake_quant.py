@@ -171,7 +171,9 @@ class _Inserter:
                 site = getattr(self._spec, "weight" if name == "input" and is_parameter else name)
                 if site is not None:
                     _set_operand(node, position, keyword, self._once(operand, site))
-        sites = (self._spec.weight, self._spec.output) if point.kind == "embedding" else (self._spec.output,)
+        sites = [self._spec.output]
+        if point.kind == "embedding" and self._spec.weight is not None:  # the rows that were looked up
+            sites.insert(0, self._spec.weight.of_rows())
         self._quantise_result(node, [site for site in sites if site is not None])
 
     def _once(self, operand: Node, site: Site) -> Node:
@@ -199,7 +201,14 @@ class _Inserter:
 
 
 def _at(site: Site, x: Tensor) -> Tensor:
-    return fake_quantize(x, site.format, rounding=site.rounding, granularity=site.granularity, clip_grad=site.clip_grad)
+    return fake_quantize(
+        x,
+        site.format,
+        rounding=site.rounding,
+        granularity=site.granularity,
+        scale="absmax" if site.scale == "dynamic" else None,
+        clip_grad=site.clip_grad,
+    )
 
 
 def _operand(node: Node, position: int, keyword: str) -> Node | None:

@@ -73,6 +73,8 @@ SAMPLES: tuple[Sample, ...] = (
     _s(nn.LayerNorm, 6, x=(3, 4, 6)),
     _s(nn.LayerNorm, (4, 6), x=(3, 4, 6), bias=False, eps=1e-3),
     _s(nn.LayerNorm, 6, x=(3, 6), elementwise_affine=False),
+    _s(nn.RMSNorm, 6, x=(3, 4, 6), eps=1e-6),
+    _s(nn.RMSNorm, (4, 6), x=(3, 4, 6), elementwise_affine=False),
     _s(nn.GroupNorm, 3, 6, x=(2, 6, 5)),
     _s(nn.GroupNorm, 3, 6, x=(2, 6, 5), affine=False),
     _s(nn.InstanceNorm1d, 6, x=(2, 6, 5), affine=True, track_running_stats=True),

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fuse_pass.nn import FusedDenseGELUDense
-from fuse_pass.nn.fused_dense_gelu_dense import Int8Linear
+from fuse_pass.nn import FusedDenseGELUDense, Int8Linear
 from tests.nn.test_llm_int8 import DIM, HIDDEN, LINEARS, ROWS, layer_of
 
 

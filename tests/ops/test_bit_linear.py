@@ -341,7 +341,7 @@ def test_opcheck(variant: str) -> None:
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_integers_are_the_eager_ones(variant: str, dtype: torch.dtype) -> None:
     def integers(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -71,3 +71,11 @@ def test_integer_product_is_exact_where_the_library_saturates(isa: str) -> None:
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 17])
+@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize("columns", [1, 2, 16])
+def test_small_products_are_exact(rows: int, k: int, columns: int) -> None:
+    a, b = (torch.randint(-127, 128, (n, k), dtype=torch.int8) for n in (rows, columns))
+    assert torch.equal(torch.ops.fuse_pass.int8_product(a, b), a.int() @ b.int().T)

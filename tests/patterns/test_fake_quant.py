@@ -214,6 +214,8 @@ def test_configuration() -> None:
         FuseBackend(quantize="fp17")
     with pytest.raises(ValueError, match="gradients are quantised in layers only"):
         FuseBackend(quantize=QuantSpec(grad="fp8_e5m2"))
+    with pytest.raises(ValueError, match="a static scale belongs to a layer"):
+        FuseBackend(quantize=QuantSpec(input=Site("int8", scale="static")))
     with pytest.raises(ValueError, match="unknown format 'fp17'"):
         fuse_pass.compile(nn.Linear(3, 4), quantize="fp17")
 

@@ -56,6 +56,7 @@ from fuse_pass.nn.quantized.normalization import (
     QuantizedInstanceNorm3d,
     QuantizedLayerNorm,
     QuantizedLinearNorm,
+    QuantizedRMSNorm,
 )
 from fuse_pass.nn.quantized.pooling import (
     QuantizedAdaptiveAvgPool1d,
@@ -123,6 +124,7 @@ LAYER_FOR: dict[type[nn.Module], type[QuantizedLayer]] = {
         QuantizedInstanceNorm2d,
         QuantizedInstanceNorm3d,
         QuantizedLayerNorm,
+        QuantizedRMSNorm,
         QuantizedAdaptiveAvgPool1d,
         QuantizedAdaptiveAvgPool2d,
         QuantizedAdaptiveAvgPool3d,
@@ -194,6 +196,7 @@ __all__ = [
     "QuantizedMish",
     "QuantizedMultiheadAttention",
     "QuantizedPReLU",
+    "QuantizedRMSNorm",
     "QuantizedRNN",
     "QuantizedReLU",
     "QuantizedReLU6",

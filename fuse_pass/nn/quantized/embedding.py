@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.nn.quantized.base import QuantizedLayer, simulated
+from fuse_pass.nn.quantized.base import QuantizedLayer, at, simulated
 from fuse_pass.spec import QuantSpec
 
 
@@ -44,4 +44,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         rows = F.embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
+        site = self.spec.weight
+        if site is not None and not site.needs_scale and (by_row := site.of_rows()) is not site:
+            return self._output(at(by_row, rows))
         return self._output(self._weight(rows))

@@ -72,6 +72,16 @@ class _ByFormat(QuantizedLayer):
         self.spec = spec or simulated(exp_bits, sig_bits, rmode)
 
 
+class QuantizedRMSNorm(_ByFormat, nn.RMSNorm):
+    """`nn.RMSNorm` (1910.07467) with quantised input, weight and output; format by keywords or `spec`."""
+
+    float_type = nn.RMSNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self._weight(self.weight)
+        return self._output(F.rms_norm(self._input(x), self.normalized_shape, weight, self.eps))
+
+
 class QuantizedGroupNorm(_ByFormat, nn.GroupNorm):
     """`nn.GroupNorm` with quantised input, weight, bias and output; format by keywords or `spec`."""
 
@@ -144,19 +154,35 @@ class _BatchNorm(QuantizedLayer):
     def forward(self: Any, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         uses_batch = self.training or (self.running_mean is None and self.running_var is None)
+        x, weight = self._input(input), None if self.weight is None else self._weight(self.weight)
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            if self.momentum is None and torch.compiler.is_compiling():
+                cumulative: Tensor = self._with_cumulative_statistics(x, weight)
+                return cumulative
             if self.momentum is None:
                 factor = 1.0 / float(self.num_batches_tracked)
         keeps_statistics = not self.training or self.track_running_stats
-        weight = None if self.weight is None else self._weight(self.weight)
         y = F.batch_norm(
-            self._input(input),
+            x,
             self.running_mean if keeps_statistics else None,
             self.running_var if keeps_statistics else None,
             weight, self._bias(self.bias), uses_batch, factor, self.eps,
         )  # fmt: skip
+        result: Tensor = self._output(y)
+        return result
+
+    def _with_cumulative_statistics(self: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        """`momentum=None` in a graph, which cannot hold a factor that is a Python number and changes with every call.
+
+        The running statistics are those of eager up to the rounding of this batch's own; the output is the same.
+        """
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        y = F.batch_norm(x, mean, var, weight, self._bias(self.bias), True, 1.0, self.eps)
+        factor = 1.0 / self.num_batches_tracked.to(mean.dtype)
+        self.running_mean.lerp_(mean, factor)
+        self.running_var.lerp_(var, factor)
         result: Tensor = self._output(y)
         return result
 
