@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
+from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
 from torch.fx import Graph
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -20,6 +21,7 @@ __all__ = [
     "int_mm",
     "is_inductor_option",
     "joint_passes",
+    "never_merge",
     "onednn_linear",
     "register_decomposition",
     "size_hint",
@@ -37,6 +39,11 @@ def inductor_seed(device: torch.device) -> torch.Tensor:
     """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
     seed: torch.Tensor = torch.ops.prims.inductor_seed(device)
     return seed
+
+
+def never_merge(*ops: torch._ops.OpOverloadPacket) -> None:
+    """Tells AOTAutograd that two calls of these ops are two draws, and no common subexpression."""
+    rand_ops.extend(op for op in ops if op not in rand_ops)
 
 
 def onednn_linear() -> torch._ops.OpOverload | None:

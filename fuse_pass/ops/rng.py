@@ -75,3 +75,5 @@ seed = define(
     fake=lambda device: torch.empty((), dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+# Inductor keeps draws apart by itself; with other compilers of a training graph all dropouts would share one mask.
+compat.never_merge(torch.ops.fuse_pass.seed, torch.ops.prims.inductor_seed)

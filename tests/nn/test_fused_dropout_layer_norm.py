@@ -196,6 +196,21 @@ def test_eager_and_compiled_agree_bit_for_bit_in_the_mask() -> None:
     assert 0.3 < (eager != 0).double().mean() < 0.7
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", "inductor", "fuse_pass"])
+def test_two_layers_draw_two_masks(backend: str) -> None:
+    """Common subexpressions of a training graph are merged; two draws of a seed are none."""
+    layers = nn.ModuleList(FusedDropoutLayerNorm(DIM, 0.5) for _ in range(2))
+    x = torch.randn(64, DIM, requires_grad=True)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def both(x: Tensor) -> list[Tensor]:
+        return [layer(x, return_sum=True)[1] for layer in layers]
+
+    first, second = both(x)
+    agreement = ((first != 0) == (second != 0)).double().mean().item()
+    assert abs(agreement - 0.5) < 5 * 0.5 / (64 * DIM) ** 0.5
+
+
 def test_modes_transforms_copies_and_export() -> None:
     layer, x = FusedDropoutLayerNorm(DIM, 0.2), torch.randn(4, 3, DIM)
     layer.eval()

@@ -132,7 +132,6 @@ def test_cumulative_statistics_need_no_second_compilation() -> None:
     torch.testing.assert_close(twin.state_dict(), eager.state_dict(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="functorch's CSE merges the seeds of a training graph outside Inductor")
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.ReLU6, nn.GRU])
 def test_random_modes_follow_the_seed_as_in_eager(kind: type[nn.Module]) -> None:
     sample = FIRST[kind]
