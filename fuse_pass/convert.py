@@ -20,6 +20,11 @@ from fuse_pass.spec import QuantSpec, Site, spec_of
 Spec = QuantSpec | Format | str
 Names = str | Iterable[str]
 LLM_INT8 = "llm_int8"
+# What PyTorch asks before it takes the fast path.
+_FAST_PATH_FLAGS = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
 
 
 def convert(
@@ -67,8 +72,25 @@ def convert(
     report = Report()
     twins: dict[int, nn.Module] = {}
     converted = _converted(model, "", chosen, report, twins)
+    _guard_fast_paths(converted)
     publish(report)
     return converted
+
+
+def _guard_fast_paths(model: nn.Module) -> None:
+    """Keeps PyTorch from running an encoder layer as one call on its bare weights, past its quantised parts."""
+    for module in model.modules():
+        flag = _FAST_PATH_FLAGS.get(type(module))
+        if flag is None:
+            continue
+        kept = f"_{flag}_before_convert"
+        is_quantized = any(isinstance(part, (QuantizedLayer, Int8Linear)) for part in module.modules())
+        if is_quantized and not hasattr(module, kept):
+            setattr(module, kept, getattr(module, flag))
+            setattr(module, flag, False)
+        elif not is_quantized and hasattr(module, kept):
+            setattr(module, flag, getattr(module, kept))
+            delattr(module, kept)
 
 
 def _converted(module: nn.Module, name: str, chosen: _Choice, report: Report, twins: dict[int, nn.Module]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from fuse_pass.backend import FuseBackend, split_options
+from fuse_pass.convert import convert
 from fuse_pass.formats import Format
 from fuse_pass.spec import QuantSpec
 
+# Their arithmetic is out of a graph's reach.
+_OPAQUE = (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
 # Their fast path in eval is one opaque call, in which no pattern can be seen.
 _WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -35,6 +39,9 @@ def compile(
         model: module or function; None to use `compile` as a decorator.
         patterns: names of the patterns to apply; None for all.
         quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would.
+            Layers that are one call in a graph (`nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`) are swapped
+            for Quantized* layers in a copy of the model that shares its parameters and buffers; call `train()` and
+            `eval()` on what is returned.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
 
@@ -51,10 +58,21 @@ def compile(
     split_options(torch_compile_kwargs.get("options") or {})
     if model is None:
         return functools.partial(compile, patterns=patterns, quantize=quantize, strict=strict, **torch_compile_kwargs)
+    if backend.quantize is not None and isinstance(model, nn.Module):
+        model = _with_opaque_layers_quantised(model, backend.quantize)
     compiled: Any = torch.compile(model, backend=backend, **torch_compile_kwargs)
     if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
         compiled.forward = _without_fast_path(compiled.forward)
     return compiled
+
+
+def _with_opaque_layers_quantised(model: nn.Module, spec: QuantSpec) -> nn.Module:
+    opaque: dict[str | type[nn.Module], QuantSpec | Format | str | None]
+    opaque = {kind: spec for kind in _OPAQUE if any(type(module) is kind for module in model.modules())}
+    if not opaque:
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return convert(copy.deepcopy(model, shared), opaque, inplace=True)
 
 
 def _without_fast_path(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -177,3 +177,26 @@ def test_llm_int8_weights() -> None:
     assert model[0].weight.dtype is torch.float32
     torch.testing.assert_close(converted(x), model(x), rtol=0.1, atol=0.05)
     assert not torch.equal(converted(x), model(x))
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "llm_int8"])
+def test_the_fast_path_of_encoder_layers_does_not_skip_quantised_parts(spec: str) -> None:
+    """In eval PyTorch would run such a layer as one call on its bare weights."""
+    layer = nn.TransformerEncoderLayer(16, 2, 40, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.tensor([[False] * 5, [False] * 5, [False] * 3 + [True] * 2])
+    converted = convert(model, spec)
+    with torch.no_grad():
+        for masks in ({}, {"src_key_padding_mask": padding}):
+            y = converted(x, **masks)
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                expected = converted(x, **masks)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+            torch.testing.assert_close(y, expected)
+            assert not torch.allclose(y, model(x, **masks), atol=1e-4)
+    if spec != "llm_int8":
+        back = convert(converted, None)
+        assert back.use_nested_tensor == model.use_nested_tensor
+        assert back.layers[0].activation_relu_or_gelu == model.layers[0].activation_relu_or_gelu

@@ -81,3 +81,52 @@ def test_other_models_are_compiled_as_torch_compile_does() -> None:
     assert isinstance(compiled, torch._dynamo.OptimizedModule)
     assert compiled._orig_mod is model
     torch.testing.assert_close(compiled(torch.ones(2, 6)), model(torch.ones(2, 6)))
+
+
+class WithOpaqueLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x)[0]
+        return self.head(self.lstm(x)[0])
+
+
+def test_opaque_layers_are_quantised_in_a_copy_that_shares_the_parameters() -> None:
+    model, x = WithOpaqueLayers(), torch.randn(2, 4, 8)
+    with fuse_pass.collect() as report:
+        compiled = fuse_pass.compile(model, quantize="fp8_e4m3", fullgraph=True)
+        y = compiled(x)
+    assert report.counts() == {"convert": 2, "fake_quant": 1}, "the operations inside the two are not quantised again"
+    assert type(model.lstm) is nn.LSTM, "the model itself is as it was"
+    parameters = dict(model.named_parameters())
+    for name, parameter in compiled._orig_mod.named_parameters():
+        assert parameter is parameters[name]
+    y.sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in parameters.values())
+
+
+def test_quantised_graphs_of_converted_models_are_quantised_once() -> None:
+    model, x = WithOpaqueLayers(), torch.randn(2, 4, 8)
+    converted = fuse_pass.convert(model, "fp8_e4m3")
+
+    def rewrite_only(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        fused, report = fuse_pass.FuseBackend(quantize="fp8_e4m3", strict=True).rewrite(gm)
+        assert report.counts()["fake_quant"] == 0
+        return fused.forward
+
+    assert torch.equal(torch.compile(converted, backend=rewrite_only)(x), converted(x))
+
+
+def test_a_partly_converted_model_gives_the_bits_of_a_converted_one() -> None:
+    model, x = WithOpaqueLayers(), torch.randn(2, 4, 8)
+    partly = fuse_pass.convert(model, {nn.MultiheadAttention: "fp8_e4m3", nn.LSTM: "fp8_e4m3"})
+
+    def rewrite_only(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        return fuse_pass.FuseBackend(quantize="fp8_e4m3", strict=True).rewrite(gm)[0].forward
+
+    expected = fuse_pass.convert(model, "fp8_e4m3")(x)
+    assert torch.equal(torch.compile(partly, backend=rewrite_only, fullgraph=True)(x), expected)

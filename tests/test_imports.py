@@ -28,7 +28,7 @@ ALLOWED = {
     "convert": {"formats", "nn", "report", "spec"},
     "backend": {"formats", "graph", "inductor", "ops", "patterns", "report", "spec"},
     "analysis": {"backend", "report"},
-    "front": {"backend", "formats", "spec"},
+    "front": {"backend", "convert", "formats", "spec"},
     "commands": {"analysis", "backend", "machine", "patterns", "quantize", "report"},
     "cli": {"commands"},
     "__main__": {"cli"},

@@ -7,7 +7,8 @@ value that several operations read is quantised once, and what is already the qu
 not quantised again (it would not change). Models for which both exist get the same bits from `convert` and from here.
 
 Declines when: a tensor is a subclass; an operation lies inside a functorch transform; a graph is the closed body of a
-higher-order op; the arithmetic is one opaque call, such as that of `nn.MultiheadAttention` or of a recurrent layer.
+higher-order op; the arithmetic is one opaque call, such as that of `nn.MultiheadAttention` or of a recurrent layer
+(`fuse_pass.compile` swaps those for Quantized* layers, whose arithmetic is left as it is here).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
     inserter = _Inserter(view, spec)
     report = Report()
     for node in view.nodes:
-        point = _point_of(node)
+        point = None if _is_in_quantized_layer(node) else _point_of(node)
         if point is not None:
             problem = _problem(view, node, situation, spec)
             if problem is None:
@@ -114,6 +115,12 @@ def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
         if barrier(node) is not None:
             inserter.forget()
     return report
+
+
+def _is_in_quantized_layer(node: Node) -> bool:
+    """Whether a layer that `convert` made has quantised the operation already; such a layer names its `float_type`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return any(hasattr(kind, "float_type") for _, kind in stack.values())
 
 
 def _point_of(node: Node) -> Point | None:
