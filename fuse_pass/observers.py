@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fuse_pass.formats import FloatFormat, Format, Granularity, IntFormat, as_format
 from fuse_pass.ops.rounding import compute_carrier
-from fuse_pass.quantize import fake_quantize
+from fuse_pass.quantize import affine_scale, fake_quantize
 
 
 class Observer:
@@ -272,8 +272,4 @@ def _fitting(low: Tensor, high: Tensor, fmt: IntFormat | FloatFormat) -> tuple[T
     if isinstance(fmt, FloatFormat) or fmt.symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / (fmt.max if isinstance(fmt, FloatFormat) else fmt.quant_max)
         return torch.where(scale == 0, 1.0, scale), None
-    low, high = low.clamp(max=0), high.clamp(min=0)  # 0 stays exact
-    steps = fmt.quant_max - fmt.quant_min
-    scale = high / steps - low / steps  # the difference itself could overflow
-    scale = torch.where(scale == 0, 1.0, scale)
-    return scale, (fmt.quant_min - torch.round(low / scale)).clamp(fmt.quant_min, fmt.quant_max)
+    return affine_scale(low, high, fmt)

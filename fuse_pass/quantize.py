@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.formats import BlockFormat, FixedFormat, FloatFormat, Format, Granularity, IntFormat, as_format
 from fuse_pass.ops import rounding as core
 from fuse_pass.ops.fake_quantize import OVERFLOWS
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
+from fuse_pass.spec import Site
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEFT_OVER = 0x2545F4914F6CDD1D
@@ -93,6 +93,20 @@ def fake_quantize(
     if size is None:
         return quantize(x, _shared_dims(x, granularity), scale, zero_point, drawn)
     return _by_groups(quantize, x, size, scale, zero_point, drawn)
+
+
+def quantize_at(site: Site | None, x: Tensor) -> Tensor:
+    """x as a `Site` without a scale of its own quantises it; x itself where there is none."""
+    if site is None:
+        return x
+    return fake_quantize(
+        x,
+        site.format,
+        rounding=site.rounding,
+        granularity=site.granularity,
+        scale="absmax" if site.scale == "dynamic" else None,
+        clip_grad=site.clip_grad,
+    )
 
 
 def absmax_quantize(x: Tensor, bits: int = 8, *, dim: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -318,15 +332,6 @@ def _shared_dims(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
     return tuple(dim for dim in every if dim != axis % x.dim())
 
 
-def _grouped(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:
-    """For observers: x with one more dimension for groups, the last one filled up with zeros; the dimensions shared."""
-    if granularity.size is None:
-        return x, _shared_dims(x, granularity)
-    rows = x.reshape(1) if x.dim() == 0 else x
-    rows = F.pad(rows, (0, -rows.shape[-1] % granularity.size))
-    return rows.unflatten(-1, (-1, granularity.size)), (-1,)
-
-
 def _by_groups(
     quantize: Callable[[Tensor, tuple[int, ...], Any, Tensor | None, Tensor | None], Tensor],
     x: Tensor,
@@ -365,11 +370,17 @@ def _absmax(x: Tensor, dims: tuple[int, ...], largest: float) -> Tensor:
 
 
 def _int_scale(x: Tensor, dims: tuple[int, ...], fmt: IntFormat) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point from the range of x; asymmetric ranges are widened to hold 0, which stays exact."""
+    """Scale and zero point from the range of x."""
     if fmt.symmetric:
         return _absmax(x, dims, fmt.quant_max), None
     wide = x.detach().to(core.compute_carrier(x.dtype).dtype)
-    low, high = (wide.amin(dims, keepdim=True), wide.amax(dims, keepdim=True)) if dims else (wide, wide)
+    return affine_scale(
+        *((wide.amin(dims, keepdim=True), wide.amax(dims, keepdim=True)) if dims else (wide, wide)), fmt
+    )
+
+
+def affine_scale(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with which asymmetric integers span low … high and 0, which stays exact."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = fmt.quant_max - fmt.quant_min
     scale = high / steps - low / steps  # the difference itself could overflow

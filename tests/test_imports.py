@@ -18,7 +18,7 @@ ALLOWED = {
     "inductor": {"machine"},
     "formats": set(),
     "ops": {"formats", "inductor"},
-    "quantize": {"formats", "ops"},
+    "quantize": {"formats", "ops", "spec"},
     "graph": {"report"},
     "patterns": {"graph", "ops", "quantize", "report", "spec"},
     "spec": {"formats", "ops"},

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node
 
 from fuse_pass.graph.edit import Editor
@@ -30,7 +30,7 @@ from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView, barrier
 from fuse_pass.ops.rounding import STOCHASTIC
 from fuse_pass.patterns.pattern import Situation, module_path, source_line
-from fuse_pass.quantize import fake_quantize
+from fuse_pass.quantize import quantize_at
 from fuse_pass.report import Decline, Match, Reason, Report
 from fuse_pass.spec import QuantSpec, Site
 
@@ -204,18 +204,7 @@ class _Inserter:
             self._results[new] = sites[-1]
 
     def _call(self, node: Node, site: Site) -> Node:
-        return self._editor.traced(functools.partial(_at, site), node)
-
-
-def _at(site: Site, x: Tensor) -> Tensor:
-    return fake_quantize(
-        x,
-        site.format,
-        rounding=site.rounding,
-        granularity=site.granularity,
-        scale="absmax" if site.scale == "dynamic" else None,
-        clip_grad=site.clip_grad,
-    )
+        return self._editor.traced(functools.partial(quantize_at, site), node)
 
 
 def _operand(node: Node, position: int, keyword: str) -> Node | None:

@@ -231,3 +231,60 @@ def test_the_op_s_gradients_with_quantised_interior() -> None:
     a = fake_quantize(F.silu(seen), "fp8_e5m2")
     torch.testing.assert_close(y, a @ w2.T)
     torch.testing.assert_close(grads, torch.autograd.grad((a @ w2.T).sum(), (x, w1, w2)))
+
+
+WEIGHT = torch.randn(8, 8)
+
+
+def branch(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda x: F.linear(x, WEIGHT), lambda x: F.linear(-x, WEIGHT), (x,))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (branch, Reason.HIGHER_ORDER),
+        (lambda x: torch.func.vmap(lambda row: F.linear(row, WEIGHT))(x), Reason.FUNCTORCH),
+        (lambda x: F.linear(x.long(), WEIGHT.long()), Reason.DTYPES),
+    ],
+    ids=["higher-order op", "vmap", "integers"],
+)
+def test_declines(function: Any, reason: Reason) -> None:
+    x = torch.randn(3, 8)
+    captured = quantised(function, x, spec="fp8_e4m3")
+    assert captured.report.counts() == {}
+    assert {decline.reason for decline in captured.report.declines} == {reason}
+    torch.testing.assert_close(captured.output, function(x))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 2, 3, 8), (0, 8)])
+def test_contexts_and_ranks(context: Any, shape: tuple[int, ...]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)), torch.randn(shape)
+    converted = convert(model, "fp8_e4m3", include=["0", "2"])
+    with context():
+        captured, expected = quantised(model, x, spec="fp8_e4m3"), converted(x)
+    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert captured.output.dtype is expected.dtype
+    assert torch.equal(captured.output, expected)
+
+
+def test_bodies_of_checkpoints_and_frozen_weights() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)), torch.randn(3, 8)
+    model[0].requires_grad_(False)
+    converted = convert(model, "fp8_e4m3", include=["0", "2"])
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+
+    captured = quantised(checkpointed, x, spec="fp8_e4m3")
+    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert torch.equal(captured.output, converted(x))
+    captured.output.sum().backward()
+    converted(x).sum().backward()
+    assert model[0].weight.grad is None
+    torch.testing.assert_close(model[2].weight.grad, converted[2].weight.grad)

@@ -1,4 +1,4 @@
-"""Activations and softmax with quantised input and output; arguments as `Elementwise` says."""
+"""Activations and softmax with quantised input and output; arguments as `ByFormat` says."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fuse_pass.formats import FloatFormat, Format, IntFormat
 from fuse_pass.observers import MeanMagnitude
-from fuse_pass.quantize import fake_quantize
+from fuse_pass.quantize import fake_quantize, quantize_at
 from fuse_pass.spec import SITES, QuantSpec, Site, spec_of
 
 _SCALE_NAMES = tuple((site, f"{site}_scale", f"{site}_zero_point") for site in SITES)
@@ -158,6 +158,31 @@ class QuantizedLayer(nn.Module):
         return f"{described}, quantized: {self.spec}{suffix}" if described else f"quantized: {self.spec}{suffix}"
 
 
+class ByFormat(QuantizedLayer):
+    """A quantised layer that takes all arguments of its `torch.nn` layer, and the format by keyword.
+
+    Args:
+        *of_torch: arguments of the `torch.nn` layer.
+        exp_bits: exponent bits of an IEEE-like format, 2…11.
+        sig_bits: its explicit fraction bits, 1…52.
+        rmode: rounding mode, by number 0…9 or name.
+        spec: what is quantised and how, instead of the format above.
+        **options: further arguments of the `torch.nn` layer.
+    """
+
+    def __init__(
+        self,
+        *of_torch: Any,
+        exp_bits: int = 5,
+        sig_bits: int = 10,
+        rmode: int | str = 1,
+        spec: QuantSpec | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*of_torch, **options)
+        self.spec = spec or simulated(exp_bits, sig_bits, rmode)
+
+
 def simulated(exp_bits: int, sig_bits: int, rmode: int | str) -> QuantSpec:
     """The spec of a layer that is constructed by the bits of an IEEE-like format."""
     return QuantSpec.uniform(FloatFormat(exp_bits, sig_bits), rounding=rmode)
@@ -187,18 +212,19 @@ def at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_point: Te
     """
     if site is None:
         return x
-    options: dict[str, Any] = {"rounding": site.rounding, "granularity": site.granularity}
     if scale is None:
         if site.needs_scale:
             raise ValueError(f"the scale of {site.format.name} is {site.scale} here, and there is none")
-        source = "absmax" if site.scale == "dynamic" else None
-        return fake_quantize(x, site.format, scale=source, clip_grad=site.clip_grad, **options)
+        return quantize_at(site, x)
     if site.granularity.axis is not None and scale.dim() != x.dim():  # calibrated with another number of dimensions
         shape = [1] * x.dim()
         shape[site.granularity.axis] = -1
         scale, zero_point = scale.view(shape), None if zero_point is None else zero_point.view(shape)
     clip_grad = site.clip_grad or site.scale == "learned"
-    return fake_quantize(x, site.format, scale=scale, zero_point=zero_point, clip_grad=clip_grad, **options)
+    return fake_quantize(
+        x, site.format, rounding=site.rounding, granularity=site.granularity, scale=scale, zero_point=zero_point,
+        clip_grad=clip_grad,
+    )  # fmt: skip
 
 
 def _learned_step(site: Site, x: Tensor, scale: Tensor, *, batched: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dropout with quantised input and output; arguments as `Elementwise` says."""
+"""Dropout with quantised input and output; arguments as `ByFormat` says."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.nn.quantized.base import QuantizedLayer, simulated
+from fuse_pass.nn.quantized.base import ByFormat, QuantizedLayer, simulated
 from fuse_pass.spec import QuantSpec
 
 
@@ -56,23 +56,7 @@ class QuantizedLayerNorm(QuantizedLayer, nn.LayerNorm):
 QuantizedLinearNorm = QuantizedLayerNorm
 
 
-class _ByFormat(QuantizedLayer):
-    """`torch.nn`'s constructor, and the format by name."""
-
-    def __init__(
-        self,
-        *of_torch: Any,
-        exp_bits: int = 5,
-        sig_bits: int = 10,
-        rmode: int | str = 1,
-        spec: QuantSpec | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(*of_torch, **options)
-        self.spec = spec or simulated(exp_bits, sig_bits, rmode)
-
-
-class QuantizedRMSNorm(_ByFormat, nn.RMSNorm):
+class QuantizedRMSNorm(ByFormat, nn.RMSNorm):
     """`nn.RMSNorm` (1910.07467) with quantised input, weight and output; format by keywords or `spec`."""
 
     float_type = nn.RMSNorm
@@ -82,7 +66,7 @@ class QuantizedRMSNorm(_ByFormat, nn.RMSNorm):
         return self._output(F.rms_norm(self._input(x), self.normalized_shape, weight, self.eps))
 
 
-class QuantizedGroupNorm(_ByFormat, nn.GroupNorm):
+class QuantizedGroupNorm(ByFormat, nn.GroupNorm):
     """`nn.GroupNorm` with quantised input, weight, bias and output; format by keywords or `spec`."""
 
     float_type = nn.GroupNorm
@@ -92,7 +76,7 @@ class QuantizedGroupNorm(_ByFormat, nn.GroupNorm):
         return self._output(F.group_norm(self._input(input), self.num_groups, weight, self._bias(self.bias), self.eps))
 
 
-class _InstanceNorm(_ByFormat):
+class _InstanceNorm(ByFormat):
     def _apply_instance_norm(self: Any, input: Tensor) -> Tensor:
         weight = None if self.weight is None else self._weight(self.weight)
         y = F.instance_norm(

@@ -1,4 +1,4 @@
-"""Pooling with quantised input and output; arguments as `Elementwise` says."""
+"""Pooling with quantised input and output; arguments as `ByFormat` says."""
 
 from __future__ import annotations
 
