@@ -57,6 +57,8 @@ def _gelu(input: Any, approximate: Any = "none") -> None: ...
 def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> None: ...
 def _elu(input: Any, alpha: Any = 1.0, inplace: Any = False) -> None: ...
 def _prelu(input: Any, weight: Any) -> None: ...
+def _hardtanh(input: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: Any = False) -> None: ...
+def _relu6(input: Any, inplace: Any = False, min_val: Any = 0.0, max_val: Any = 6.0) -> None: ...
 def _dropout_function(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None: ...
 def _dropout(input: Any, p: Any, train: Any) -> None: ...
 def _layer_norm(
@@ -116,7 +118,7 @@ _TABLE: tuple[_Row, ...] = (
     ("div", _div, (operator.truediv, torch.div, "div", torch.true_divide, "divide", aten.div.Tensor, aten.div.Scalar)),
     ("neg", _unary, (operator.neg, torch.neg, "neg", aten.neg.default)),
     ("pow", _pow, (operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar)),
-    ("square", _unary, (torch.square, "square")),
+    ("square", _unary, (torch.square, "square", aten.square.default)),
     ("reciprocal", _unary, (torch.reciprocal, "reciprocal", aten.reciprocal.default)),
     ("tanh", _unary, (torch.tanh, "tanh", F.tanh, aten.tanh.default)),
     ("erf", _unary, (torch.erf, "erf", torch.special.erf, aten.erf.default)),
@@ -134,6 +136,10 @@ _TABLE: tuple[_Row, ...] = (
     ("selu", _unary_in_place_option, (F.selu, torch.selu, aten.selu.default)),
     ("silu", _unary_in_place_option, (F.silu, aten.silu.default)),
     ("mish", _unary_in_place_option, (F.mish, aten.mish.default)),
+    ("hardtanh", _hardtanh, (F.hardtanh, aten.hardtanh.default)),
+    ("hardtanh", _relu6, (F.relu6,)),
+    ("hardswish", _unary_in_place_option, (F.hardswish, aten.hardswish.default)),
+    ("hardsigmoid", _unary_in_place_option, (F.hardsigmoid, aten.hardsigmoid.default)),
     # a whole nn.TransformerEncoderLayer in eval, as one call
     ("encoder_layer", _variadic, (torch._transformer_encoder_layer_fwd,)),
 )
@@ -151,8 +157,13 @@ _IN_PLACE: dict[Any, Any] = {
     F.leaky_relu_: F.leaky_relu,
     F.elu_: F.elu,
     F.selu_: F.selu,
+    F.hardtanh_: F.hardtanh,
+    torch.square_: torch.square,
+    torch.sigmoid_: torch.sigmoid,
+    torch.tanh_: torch.tanh,
     **{
-        f"{name}_": name for name in ("add", "sub", "mul", "div", "neg", "pow", "tanh", "sigmoid", "exp", "relu", "erf")
+        f"{name}_": name
+        for name in ("add", "sub", "mul", "div", "neg", "pow", "square", "tanh", "sigmoid", "exp", "relu", "erf")
     },
 }
 

@@ -196,6 +196,12 @@ def _read_gelu(reader: _Reader, op: Op) -> Polynomial:
     return apply("gelu_tanh" if op["approximate"] == "tanh" else "gelu", reader.read(op["input"]))
 
 
+def _read_hardsigmoid(reader: _Reader, op: Op) -> Polynomial:
+    """`relu6(x + 3) / 6`, with hardtanh's zero gradient at both kinks."""
+    clipped = apply("hardtanh", add(reader.read(op["input"]), constant(3.0)), 0.0, 6.0)
+    return multiply(constant(1 / 6), clipped)
+
+
 _RULES: dict[str, Callable[[_Reader, Op], Polynomial]] = {
     "add": _read_add,
     "sub": _read_sub,
@@ -211,6 +217,9 @@ _RULES: dict[str, Callable[[_Reader, Op], Polynomial]] = {
     "softplus": _read_function("beta", "threshold"),
     "leaky_relu": _read_function("negative_slope"),
     "elu": _read_function("alpha"),
+    "hardtanh": _read_function("min_val", "max_val"),
+    "hardsigmoid": _read_hardsigmoid,
+    "hardswish": lambda reader, op: multiply(reader.read(op["input"]), _read_hardsigmoid(reader, op)),
     "gelu": _read_gelu,
     **{
         name: _read_function()

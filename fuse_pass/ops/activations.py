@@ -28,7 +28,8 @@ class Activation:
         name: key in `ACTIVATIONS`.
         forward: `(h, arguments, weight) → act(h)`; `weight` is PReLU's slope, None elsewhere.
         backward: `(grad, h, arguments, weight) → grad * act'(h)`.
-        post_op: oneDNN's `(attribute, algorithm)` where it can follow a matrix product in one call.
+        post_op: oneDNN's `(attribute, algorithm)` where it can follow a matrix product in one call; none for relu,
+            hardtanh and hardsigmoid, which turn NaN into a number there.
     """
 
     name: str
@@ -66,6 +67,8 @@ def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _quick_gelu = _in_float32(lambda h: h * torch.sigmoid(QUICK_GELU_SLOPE * h))
 _quick_gelu_grad = _in_float32(_quick_gelu_backward)
+_relu_squared = _in_float32(lambda h: aten.relu(h) * aten.relu(h))
+_relu_squared_grad = _in_float32(lambda grad, h: aten.threshold_backward(grad * (2 * aten.relu(h)), h, 0))
 _elu = aten.elu.default
 _elu_backward = aten.elu_backward.default
 
@@ -93,7 +96,11 @@ ACTIVATIONS: dict[str, Activation] = {
             "relu",
             lambda h, a, w: aten.relu(h),
             lambda g, h, a, w: aten.threshold_backward(g, h, 0),
-            ("relu", ""),
+        ),
+        Activation(
+            "relu_squared",
+            lambda h, a, w: _relu_squared(h),
+            lambda g, h, a, w: _relu_squared_grad(g, h),
         ),
         Activation(
             "leaky_relu",
@@ -126,6 +133,39 @@ ACTIVATIONS: dict[str, Activation] = {
             "mish",
             lambda h, a, w: aten.mish(h),
             lambda g, h, a, w: aten.mish_backward(g, h),
+        ),
+        Activation(
+            "hardswish",
+            lambda h, a, w: aten.hardswish(h),
+            lambda g, h, a, w: aten.hardswish_backward(g, h),
+            ("hardswish", ""),
+        ),
+        Activation(
+            "hardsigmoid",
+            lambda h, a, w: aten.hardsigmoid(h),
+            lambda g, h, a, w: aten.hardsigmoid_backward(g, h),
+        ),
+        Activation(
+            "hardtanh",
+            lambda h, a, w: aten.hardtanh(h, a[0], a[1]),
+            lambda g, h, a, w: aten.hardtanh_backward(g, h, a[0], a[1]),
+        ),
+        Activation(
+            "sigmoid",
+            lambda h, a, w: aten.sigmoid(h),
+            lambda g, h, a, w: aten.sigmoid_backward(g, aten.sigmoid(h)),
+            ("sigmoid", ""),
+        ),
+        Activation(
+            "tanh",
+            lambda h, a, w: aten.tanh(h),
+            lambda g, h, a, w: aten.tanh_backward(g, aten.tanh(h)),
+            ("tanh", ""),
+        ),
+        Activation(
+            "softplus",
+            lambda h, a, w: aten.softplus(h, a[0], a[1]),
+            lambda g, h, a, w: aten.softplus_backward(g, h, a[0], a[1]),
         ),
     )
 }

@@ -46,6 +46,9 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
         lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
         lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
     ),
+    "relu_squared": (lambda x: F.relu(x) ** 2,),
+    "hardswish": (lambda x: x * F.relu6(x + 3) / 6,),
+    "hardsigmoid": (lambda x: F.relu6(x + 3) / 6,),
 }
 
 # Activations that the graph calls by name: canonical kind → the constants that go with it.
@@ -57,7 +60,15 @@ _CALLED: dict[str, tuple[str, ...]] = {
     "selu": (),
     "silu": (),
     "mish": (),
+    "hardtanh": ("min_val", "max_val"),
+    "hardswish": (),
+    "hardsigmoid": (),
+    "sigmoid": (),
+    "tanh": (),
+    "softplus": ("beta", "threshold"),
 }
+# What the root of every way of writing one out is.
+_LAST_STEPS = ("mul", "div", "add", "sub", "pow", "square")
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ def _slope_of_another_dimension(op: Op, weight: Node | None) -> Problem | None:
 
 
 def _written_out(view: GraphView, node: Node) -> FoundActivation | None:
-    if view.kind(node) not in ("mul", "div", "add", "sub"):  # every way of writing ends in one of these
+    if view.kind(node) not in _LAST_STEPS:
         return None
     expression = expression_of(view, node)
     if expression is None:

@@ -106,6 +106,17 @@ SPELLINGS: dict[str, Any] = {
     "selu": lambda x, w1, b1, w2, b2: F.linear(F.selu(F.linear(x, w1, b1)), w2, b2),
     "silu": lambda x, w1, b1, w2, b2: F.linear(F.silu(F.linear(x, w1, b1)), w2, b2),
     "mish": lambda x, w1, b1, w2, b2: F.linear(F.mish(F.linear(x, w1, b1)), w2, b2),
+    "relu6": lambda x, w1, b1, w2, b2: F.linear(F.relu6(F.linear(x, w1, b1)), w2, b2),
+    "hardtanh": lambda x, w1, b1, w2, b2: F.linear(F.hardtanh(F.linear(x, w1, b1), -0.5, 0.7), w2, b2),
+    "hardsigmoid": lambda x, w1, b1, w2, b2: F.linear(F.hardsigmoid(F.linear(x, w1, b1)), w2, b2),
+    "hardswish": lambda x, w1, b1, w2, b2: F.linear(F.hardswish(F.linear(x, w1, b1)), w2, b2),
+    "sigmoid": lambda x, w1, b1, w2, b2: F.linear(torch.sigmoid(F.linear(x, w1, b1)), w2, b2),
+    "tanh": lambda x, w1, b1, w2, b2: F.linear(F.linear(x, w1, b1).tanh(), w2, b2),
+    "softplus": lambda x, w1, b1, w2, b2: F.linear(F.softplus(F.linear(x, w1, b1), 2.0, 3.0), w2, b2),
+    "squared relu": lambda x, w1, b1, w2, b2: F.linear(torch.square(F.relu(F.linear(x, w1, b1))), w2, b2),
+    "hardswish written out": lambda x, w1, b1, w2, b2: F.linear(
+        (lambda h: h * F.relu6(h + 3) / 6)(F.linear(x, w1, b1)), w2, b2
+    ),
     "gelu written out": lambda x, w1, b1, w2, b2: F.linear(
         (lambda h: h * 0.5 * (1.0 + torch.erf(h / 1.4142135623730951)))(F.linear(x, w1, b1)), w2, b2
     ),
@@ -255,10 +266,14 @@ def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
     return None
 
 
+# Where no Linear follows, these are gates and probabilities, not an unfinished feed-forward block.
+_GATES = ("sigmoid", "hardsigmoid", "tanh", "softplus")
+
+
 def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
     """A Linear → activation that leads elsewhere is a near miss worth explaining."""
     activation = activation_at(view, node)
-    if activation is None or activation.problem is not None:
+    if activation is None or activation.problem is not None or activation.name in _GATES:
         return
     walk = view.walk_up(activation.input)
     first = view.linears.get(walk.node)

@@ -14,7 +14,9 @@ from torch import Tensor
 from fuse_pass.ops.activations import ACTIVATIONS
 from tests.precision import assert_as_exact_as_eager
 
-ARGUMENTS: dict[str, tuple[float, ...]] = {"leaky_relu": (0.2,), "elu": (0.7,)}
+ARGUMENTS: dict[str, tuple[float, ...]] = {
+    "leaky_relu": (0.2,), "elu": (0.7,), "hardtanh": (-3.0, 2.5), "softplus": (2.0, 15.0),
+}  # fmt: skip
 EXACT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda h, w: F.gelu(h),
     "gelu_tanh": lambda h, w: F.gelu(h, approximate="tanh"),
@@ -26,6 +28,13 @@ EXACT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "selu": lambda h, w: F.selu(h),
     "silu": lambda h, w: F.silu(h),
     "mish": lambda h, w: F.mish(h),
+    "relu_squared": lambda h, w: F.relu(h) ** 2,
+    "hardswish": lambda h, w: F.hardswish(h),
+    "hardsigmoid": lambda h, w: F.hardsigmoid(h),
+    "hardtanh": lambda h, w: F.hardtanh(h, -3.0, 2.5),
+    "sigmoid": lambda h, w: torch.sigmoid(h),
+    "tanh": lambda h, w: torch.tanh(h),
+    "softplus": lambda h, w: F.softplus(h, 2.0, 15.0),
 }
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,9 +91,10 @@ def test_as_exact_as_eager(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_gradient_is_the_derivative_of_the_value(name: str) -> None:
-    """Central differences, which share no formula with autograd; away from the kink at 0."""
+    """Central differences, which share no formula with autograd; away from the kinks."""
     h = values().flatten()
-    h = h[h.abs() > 1e-3]
+    for kink in (0.0, 3.0, -3.0, 2.5, 7.5):  # the last is where this softplus becomes linear
+        h = h[(h - kink).abs() > 1e-3]
     step = 1e-6
     row, weight, arguments = ACTIVATIONS[name], slope(name, torch.float64), ARGUMENTS.get(name, ())
     difference = (row.forward(h + step, arguments, weight) - row.forward(h - step, arguments, weight)) / (2 * step)
@@ -146,6 +156,7 @@ def test_post_op_is_the_same_activation(name: str) -> None:
     eager, _ = by_autograd(name, h, torch.ones_like(h))
     exact, _ = by_autograd(name, h.double(), torch.ones_like(h).double())
     assert_as_exact_as_eager(value, eager, exact)
+    assert linear(torch.tensor([[math.nan]]), torch.eye(1), None, post_op[0], arguments, post_op[1]).isnan()
 
 
 def test_rows_take_all_their_arguments() -> None:

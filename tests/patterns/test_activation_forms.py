@@ -62,12 +62,34 @@ MISH: dict[str, Elementwise] = {
     "log1p": lambda x: torch.tanh(torch.log1p(torch.exp(x))) * x,
     "log": lambda x: x * torch.tanh(torch.log(1 + x.exp())),
 }
-WRITTEN = {"gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU, "silu": SILU, "mish": MISH}
+RELU_SQUARED: dict[str, Elementwise] = {
+    "power": lambda x: F.relu(x) ** 2,
+    "pow": lambda x: F.relu(x).pow(2.0),
+    "square": lambda x: torch.square(torch.relu(x)),
+    "square method": lambda x: x.relu().square(),
+    "relu in place": lambda x: F.relu(x, inplace=True).square(),
+    "product": lambda x: F.relu(x) * F.relu(x),
+    "product of one node": lambda x: (lambda r: r * r)(F.relu(x)),
+}
+HARDSWISH: dict[str, Elementwise] = {
+    "MobileNetV3": lambda x: x * F.relu6(x + 3) / 6,
+    "quotient first": lambda x: x * (F.relu6(x + 3.0) / 6.0),
+    "factor": lambda x: F.relu6(3 + x) * x * (1 / 6),
+    "hardtanh": lambda x: F.hardtanh(x + 3, 0, 6).mul(x).div(6),
+    "hardsigmoid": lambda x: x * F.hardsigmoid(x),
+}
+HARDSIGMOID: dict[str, Elementwise] = {"relu6": lambda x: F.relu6(x + 3) / 6}
+WRITTEN = {
+    "gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU, "silu": SILU, "mish": MISH,
+    "relu_squared": RELU_SQUARED, "hardswish": HARDSWISH, "hardsigmoid": HARDSIGMOID,
+}  # fmt: skip
 
 # Different functions, some of which are one token away from a form.
 OTHERS: dict[str, Elementwise] = {
-    "squared ReLU": lambda x: F.relu(x) ** 2,
-    "squared ReLU as a product": lambda x: F.relu(x) * F.relu(x),
+    "cubed ReLU": lambda x: F.relu(x) ** 3,
+    "ReLU times x": lambda x: F.relu(x) * x,
+    "ReLU of minus x": lambda x: F.relu(x) * F.relu(-x),
+    "hardswish by clamp, which has other gradients at its kinks": lambda x: x * torch.clamp(x + 3, 0, 6) / 6,
     "transformers' Laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
     "Laplace times x": lambda x: x * 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
     "the cumulative alone": lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2))),
@@ -97,6 +119,10 @@ NEAR: dict[str, Elementwise] = {
     "silu scaled": lambda x: 2 * x * torch.sigmoid(x),
     "mish beta": lambda x: x * torch.tanh(F.softplus(x, beta=2)),
     "mish threshold": lambda x: x * torch.tanh(F.softplus(x, threshold=1)),
+    "squared ReLU doubled": lambda x: 2 * F.relu(x) ** 2,
+    "hardswish of seven": lambda x: x * F.relu6(x + 3) / 7,
+    "hardswish clipped at five": lambda x: x * F.hardtanh(x + 3, 0, 5) / 6,
+    "hardswish shifted": lambda x: x * F.relu6(x + 2) / 6,
     "swish of one half": lambda x: x / (1 + torch.exp(-0.5 * x)),
 }
 
