@@ -15,6 +15,7 @@ from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, nu
 from torch.fx import Graph, Node
 
 from fuse_pass.graph.canonical import Op, canonical, is_weight_transpose
+from fuse_pass.graph.einsum import linear_equation
 from fuse_pass.graph.shapes import keeps_rows, same_size, value_of
 from fuse_pass.report import Reason
 
@@ -94,6 +95,8 @@ class GraphView:
             return self._layer(node, op["mat1"], op["mat2"], op["input"], transposed=True)
         if op.kind == "matmul":
             return self._layer(node, op["input"], op["other"], None, transposed=True)
+        if op.kind == "einsum":
+            return self._einsum(op)
         if op.kind == "add" and op["alpha"] == 1:
             operands = [(op["input"], op["other"]), (op["other"], op["input"])]
             for product, bias in operands[:1] if op.in_place else operands:  # `bias += product` writes into the bias
@@ -103,6 +106,21 @@ class GraphView:
                     if layer is not None:
                         return Linear(**{**vars(layer), "nodes": (*inner.nodes, node)})
         return None
+
+    def _einsum(self, op: Op) -> Linear | None:
+        operands = op["operands"]
+        operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+        equation = linear_equation(op["equation"]) if isinstance(op["equation"], str) else None
+        if equation is None or len(operands) != 2:
+            return None
+        x, weight = operands[equation.x], operands[1 - equation.x]
+        layer = self._layer(op.node, x, weight, None, transposed=equation.transposed)
+        x_value, weight_value = value_of(x), value_of(weight)
+        if layer is None or x_value is None or weight_value is None:
+            return None
+        # Unlike other products, einsum stretches an index of size 1.
+        in_features = weight_value.shape[0 if equation.transposed else 1]
+        return layer if same_size(x_value.shape[-1], in_features) else None
 
     def _layer(self, node: Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Linear | None:
         if transposed and is_weight_transpose(self.op(weight)):

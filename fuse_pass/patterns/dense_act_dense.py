@@ -96,6 +96,15 @@ SPELLINGS: dict[str, Any] = {
     "matmul, bias first": lambda x, w1, b1, w2, b2: b2 + torch.matmul(F.gelu(b1 + x.matmul(w1.mT)), w2.transpose(0, 1)),
     "matmul, permute, no biases": lambda x, w1, b1, w2, b2: torch.matmul(F.gelu(x @ w1.permute(1, 0)), w2.T),
     "addmm (Conv1D)": _conv1d,
+    "einsum": lambda x, w1, b1, w2, b2: (
+        torch.einsum("oi,...i->...o", w2, F.gelu(torch.einsum("...i,oi->...o", x, w1) + b1)) + b2
+    ),
+    "einsum, weights stored [in, out]": lambda x, w1, b1, w2, b2: torch.einsum(
+        "...f,fd->...d", F.gelu(torch.einsum("...d,df->...f", [x, w1.t()])), w2.mT
+    ),
+    "einsum of letters": lambda x, w1, b1, w2, b2: torch.einsum(
+        "btf, df -> btd", F.gelu(torch.einsum("btd, fd -> btf", x, w1)), w2
+    ),
     "views between": _view_between,
     "in place": _in_place,
     "relu": lambda x, w1, b1, w2, b2: F.linear(torch.relu(F.linear(x, w1, b1)), w2, b2),
