@@ -31,6 +31,7 @@ class Reason(StrEnum):
     ORDER = "inputs come too late"
     OVERLAP = "belongs to another match"
     NO_SECOND_LINEAR = "no Linear reads the activation"
+    COST = "not worth it"
     OPAQUE = "hidden in one opaque call"
     NO_QUANTIZED_LAYER = "no quantised layer"
     EXCLUDED = "excluded"
@@ -54,6 +55,7 @@ ADVICE: dict[Reason, str] = {
     Reason.ORDER: "compute the parameters of the norm before the sum is read",
     Reason.OVERLAP: "nothing: the other match has fused it",
     Reason.NO_SECOND_LINEAR: "nothing, unless another operation between the layers can be moved",
+    Reason.COST: "nothing: PyTorch's own kernels are as fast here",
     Reason.OPAQUE: "compile with fuse_pass.compile",
     Reason.NO_QUANTIZED_LAYER: "use the `torch.nn` layer itself where a subclass is not needed",
     Reason.EXCLUDED: "nothing: the caller asked for it",

@@ -51,6 +51,15 @@ def _scaled_binary(input: Any, other: Any, alpha: Any = 1) -> None: ...
 def _linear(input: Any, weight: Any, bias: Any = None) -> None: ...
 def _addmm(input: Any, mat1: Any, mat2: Any, beta: Any = 1, alpha: Any = 1) -> None: ...
 def _einsum(equation: Any, *operands: Any) -> None: ...
+def _conv(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> None: ...
 def _div(input: Any, other: Any, rounding_mode: Any = None) -> None: ...
 def _pow(input: Any, exponent: Any) -> None: ...
 def _softplus(input: Any, beta: Any = 1, threshold: Any = 20) -> None: ...
@@ -79,6 +88,11 @@ _TABLE: tuple[_Row, ...] = (
         (operator.matmul, torch.matmul, "matmul", torch.mm, "mm", aten.matmul.default, aten.mm.default, "__matmul__"),
     ),
     ("einsum", _einsum, (torch.einsum, aten.einsum.default)),
+    (
+        "conv",
+        _conv,
+        (torch.conv1d, torch.conv2d, torch.conv3d, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    ),
     ("matrix_transpose", _unary, (torch.t, "t", aten.t.default)),
     ("transpose", _transpose, (torch.transpose, "transpose", torch.swapaxes, "swapaxes", aten.transpose.int)),
     ("permute", _variadic, (torch.permute, "permute", aten.permute.default)),

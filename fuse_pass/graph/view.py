@@ -31,6 +31,7 @@ class Linear:
         bias: b or None.
         transposed: True where the weight is stored `[in, out]`, as in GPT-2's Conv1D.
         nodes: every node that the layer consists of.
+        features: the dimension of x and y that it acts along; 1 for a 1×1 convolution, with W `[out, in, 1, ...]`.
     """
 
     node: Node
@@ -39,6 +40,7 @@ class Linear:
     bias: Node | None
     transposed: bool
     nodes: tuple[Node, ...]
+    features: int = -1
 
 
 @dataclass(frozen=True)

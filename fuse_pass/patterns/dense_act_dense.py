@@ -2,18 +2,21 @@
 
 Shapes: x `[..., d_in]`, W1 `[d_hidden, d_in]`, W2 `[d_out, d_hidden]`, y `[..., d_out]`; biases are optional.
 
+1×1 convolutions count as Linear layers along dimension 1 (see `channels`).
+
 In a chain Linear → act → Linear → act → Linear the middle Linear ends one match and begins the next.
 
 Declines when: an interior value has a second reader; anything that writes, or switches autocast or grad mode, lies
 inside; a cast changes the dtype inside; a bias is added in another dtype; a written-out activation has other constants;
 the rows are rearranged between the two Linear layers; PReLU has a slope per channel that is not the last dimension; a
-tensor is a subclass or on another device; the user wants eager's random numbers; no Linear reads the activation.
+tensor is a subclass or on another device; the user wants eager's random numbers; no Linear reads the activation; a
+convolution is grouped, or its layout costs more to change than the fusion gives.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from fuse_pass.graph.convolution import CHANNELS, is_grouped, pointwise_layers
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
@@ -28,6 +32,7 @@ from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.packed_format import pack
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
+from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
 from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
 from fuse_pass.report import Reason
 
@@ -144,8 +149,9 @@ SPELLINGS: dict[str, Any] = {
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     explained: set[Node] = set()
-    for second in view.linears.values():
-        candidate, activation = _ending_in(view, second, taken)
+    layers = {**view.linears, **pointwise_layers(view)}
+    for second in sorted(layers.values(), key=lambda layer: view.position[layer.node]):
+        candidate, activation = _ending_in(view, layers, second, taken)
         if activation is not None:
             explained.update(activation.nodes)
         if candidate is not None:
@@ -156,7 +162,9 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     yield from hidden_in_encoder_layers(view)
 
 
-def _ending_in(view: GraphView, second: Linear, taken: Set[Node]) -> tuple[Candidate | None, FoundActivation | None]:
+def _ending_in(
+    view: GraphView, layers: Mapping[Node, Linear], second: Linear, taken: Set[Node]
+) -> tuple[Candidate | None, FoundActivation | None]:
     upper = view.walk_up(second.input)
     walks, p = [upper], 0.0
     nodes: list[Node] = [*second.nodes, *upper.passed]
@@ -178,12 +186,12 @@ def _ending_in(view: GraphView, second: Linear, taken: Set[Node]) -> tuple[Candi
     walks.append(view.walk_up(activation.input))
     nodes += [*activation.nodes, *walks[-1].passed]
     hidden_format = _through_quantisation(view, walks, nodes)
-    first = view.linears.get(walks[-1].node)
-    if first is None:
+    first = layers.get(walks[-1].node)
+    if first is None or first.features != second.features:
         return None, activation
     in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
     formats = (hidden_format, act_format)
-    return _candidate(first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
+    return _candidate(view, first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
 
 
 def _through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node]) -> list[int]:
@@ -200,6 +208,7 @@ def _through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node])
 
 
 def _candidate(
+    view: GraphView,
     first: Linear,
     activation: FoundActivation,
     second: Linear,
@@ -224,6 +233,7 @@ def _candidate(
     constants = {
         "transposed1": first.transposed,
         "transposed2": second.transposed,
+        "features": second.features,
         "p": p,
         "drops": drops,
         "activation": activation.name,
@@ -233,6 +243,7 @@ def _candidate(
     words = [activation.name.replace("_", " ")]
     words += [f"dropout {p}"] if drops else []
     words += ["chained"] if in_chain else []
+    words += ["1×1 convolutions"] if second.features == CHANNELS else []
     words += ["fake-quantised"] if any(formats) else []
     return Candidate(
         anchor=second.node,
@@ -242,20 +253,25 @@ def _candidate(
         constants=constants,
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=_problem_on_the_way(walks)
+        problem=_problem_on_the_way(walks, second.features)
         or activation.problem
         or _problem_of_bias(first)
         or _problem_of_bias(second)
-        or _problem_of_width(first, second),
+        or _problem_of_width(first, second)
+        or _problem_of_groups(view, first, second),
     )
 
 
-def _problem_on_the_way(walks: list[Walk]) -> Problem | None:
+def _problem_on_the_way(walks: list[Walk], features: int) -> Problem | None:
     for walk in walks:
         if walk.casts:
             return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
         if walk.moves_rows is not None:
             return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
+        if features == CHANNELS and walk.passed:
+            start, end = value_of(walk.node), value_of(walk.passed[0])
+            if start is None or end is None or not same_shape(start.shape, end.shape):
+                return Problem(Reason.LAYOUT, f"{walk.passed[0].name} changes the shape", walk.passed[0])
     return None
 
 
@@ -270,8 +286,16 @@ def _problem_of_bias(layer: Linear) -> Problem | None:
 def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
     """A written-out activation may have multiplied a value with its own reshaped self."""
     before, after = value_of(first.node), value_of(second.input)
-    if before is None or after is None or not same_size(before.shape[-1], after.shape[-1]):
+    dim = first.features
+    if before is None or after is None or not same_size(before.shape[dim], after.shape[dim]):
         return Problem(Reason.LAYOUT, f"{second.input.name} is not as wide as {first.node.name}", second.input)
+    return None
+
+
+def _problem_of_groups(view: GraphView, *layers: Linear) -> Problem | None:
+    for layer in layers:
+        if is_grouped(view, layer):
+            return Problem(Reason.COST, f"{layer.node.name} is grouped: several small products", layer.node)
     return None
 
 
@@ -297,6 +321,8 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
 
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
+    if candidate.constants["features"] == CHANNELS:
+        return cost_of_layout(candidate.anchor, x, y)
     if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
     return None
@@ -306,8 +332,9 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     inputs, constants = candidate.inputs, candidate.constants
     y_value = value_of(candidate.anchor)
     assert y_value is not None
+    along_channels = constants["features"] == CHANNELS
     with editor.at(candidate.outputs, candidate.nodes):
-        weight2 = _weight(editor, inputs["weight2"], constants["transposed2"])
+        weight2 = _weight(editor, inputs["weight2"], constants["transposed2"], along_channels)
         seed = editor.call(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
         tail = (weight2, inputs["bias2"], inputs["act_weight"], seed)
         settings = (
@@ -316,20 +343,24 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             list(constants["arguments"]),
             *(constants["formats"] if any(constants["formats"]) else ()),
         )
+        x = channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"]
         if inputs["weight1"] is None:
-            y = editor.call(torch.ops.fuse_pass.act_dense.default, inputs["x"], *tail, *settings)
+            y = editor.call(torch.ops.fuse_pass.act_dense.default, x, *tail, *settings)
         else:
-            weight1 = _weight(editor, inputs["weight1"], constants["transposed1"])
-            arguments = (inputs["x"], weight1, inputs["bias1"], *tail, *settings)
+            weight1 = _weight(editor, inputs["weight1"], constants["transposed1"], along_channels)
+            arguments = (x, weight1, inputs["bias1"], *tail, *settings)
             if y_value.requires_grad:
                 y = editor.item(editor.call(torch.ops.fuse_pass.dense_act_dense.default, *arguments), 0)
             else:
                 y = editor.call(torch.ops.fuse_pass.dense_act_dense_inference.default, *arguments)
+        y = channels_back(editor, y, y_value) if along_channels else y
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)
 
 
-def _weight(editor: Editor, weight: Node | None, transposed: bool) -> Node | None:
+def _weight(editor: Editor, weight: Node | None, transposed: bool, along_channels: bool) -> Node | None:
+    if along_channels:
+        return editor.call("flatten", weight, 1)
     return editor.call("t", weight) if transposed else weight
 
 
