@@ -76,6 +76,10 @@ def _layer_norm(
 ) -> None: ...
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None: ...
 def _transpose(input: Any, dim0: Any, dim1: Any) -> None: ...
+def _chunk(input: Any, chunks: Any, dim: Any = 0) -> None: ...
+def _split(input: Any, split_size_or_sections: Any, dim: Any = 0) -> None: ...
+def _narrow(input: Any, dim: Any, start: Any, length: Any) -> None: ...
+def _glu(input: Any, dim: Any = -1) -> None: ...
 def _variadic(input: Any, *arguments: Any, **options: Any) -> None: ...
 
 
@@ -98,6 +102,9 @@ _TABLE: tuple[_Row, ...] = (
     ("permute", _variadic, (torch.permute, "permute", aten.permute.default)),
     ("getattr", _binary, (getattr,)),
     ("getitem", _binary, (operator.getitem,)),
+    ("chunk", _chunk, (torch.chunk, "chunk", aten.chunk.default)),
+    ("split", _split, (torch.split, "split", aten.split.Tensor, aten.split_with_sizes.default)),
+    ("narrow", _narrow, (torch.narrow, "narrow", aten.narrow.default)),
     (
         "reshape",
         _variadic,
@@ -156,6 +163,7 @@ _TABLE: tuple[_Row, ...] = (
     ("hardtanh", _relu6, (F.relu6,)),
     ("hardswish", _unary_in_place_option, (F.hardswish, aten.hardswish.default)),
     ("hardsigmoid", _unary_in_place_option, (F.hardsigmoid, aten.hardsigmoid.default)),
+    ("glu", _glu, (F.glu, aten.glu.default)),
     # a whole nn.TransformerEncoderLayer in eval, as one call
     ("encoder_layer", _variadic, (torch._transformer_encoder_layer_fwd,)),
 )
@@ -184,7 +192,15 @@ _IN_PLACE: dict[Any, Any] = {
 }
 
 # Other names for canonical parameters: aten's and some Python signatures'.
-_ALIASES = {"self": "input", "tensor": "input", "x": "input", "negval": "negative_slope", "train": "training"}
+_ALIASES = {
+    "self": "input",
+    "tensor": "input",
+    "x": "input",
+    "negval": "negative_slope",
+    "train": "training",
+    "split_size": "split_size_or_sections",
+    "split_sizes": "split_size_or_sections",
+}
 
 
 @functools.cache

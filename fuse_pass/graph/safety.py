@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from fuse_pass.graph.shapes import is_plain, value_of
@@ -79,13 +80,15 @@ def _crossing(view: GraphView, group: list[Node]) -> Problem | None:
 
 def _tensor_kind(tensors: list[Node]) -> Problem | None:
     for node in tensors:
-        value = value_of(node)
-        if value is None:
-            return Problem(Reason.SUBCLASS, f"{node.name} is not a tensor that Dynamo knows the shape of", node)
-        if not is_plain(value):
-            return Problem(Reason.SUBCLASS, f"{node.name} is a {type(value).__name__} of layout {value.layout}", node)
-        if not value.is_floating_point():
-            return Problem(Reason.DTYPES, f"{node.name} is {value.dtype}, expected a floating-point tensor", node)
+        noted = node.meta.get("example_value")
+        for value in noted if isinstance(noted, (tuple, list)) else (noted,):
+            if not isinstance(value, torch.Tensor):
+                return Problem(Reason.SUBCLASS, f"{node.name} is not a tensor that Dynamo knows the shape of", node)
+            if not is_plain(value):
+                detail = f"{node.name} is a {type(value).__name__} of layout {value.layout}"
+                return Problem(Reason.SUBCLASS, detail, node)
+            if not value.is_floating_point():
+                return Problem(Reason.DTYPES, f"{node.name} is {value.dtype}, expected a floating-point tensor", node)
     return None
 
 

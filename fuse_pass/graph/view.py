@@ -225,7 +225,7 @@ class GraphView:
 
 
 # Operations that may return their input or a view of it.
-_ALIASING = ("reshape", "cast", "matrix_transpose", "transpose", "permute", "getattr")
+_ALIASING = ("reshape", "cast", "matrix_transpose", "transpose", "permute", "getattr", "chunk", "split", "narrow")
 
 
 def _may_return_its_input(op: Op) -> bool:

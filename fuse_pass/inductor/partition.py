@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 NAMESPACE = "fuse_pass"
 # Forward ops whose elementwise part is recomputed whole. Of the other ops only the random mask is.
-_RECOMPUTED_OPS = ("dense_act_dense", "act_dense")
+_RECOMPUTED_OPS = ("dense_act_dense", "act_dense", "gated_dense")
 _MASK_DTYPES = (torch.bool, torch.int32)
 
 

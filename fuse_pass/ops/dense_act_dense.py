@@ -71,7 +71,7 @@ def _forward(
     h = product(rows_of(x), weight1, bias1)
     a = _activate(h, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
     y = product(a, weight2, bias2)
-    return _shaped_like_rows_of(x, y), h
+    return shaped_like_rows_of(x, y), h
 
 
 def _forward_inference(
@@ -93,7 +93,7 @@ def _forward_inference(
         return _forward(x, weight1, bias1, weight2, bias2, *tail)[0]
     a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight)
     a = quantize_packed(rng.dropout(a, seed, p), act_format)
-    return _shaped_like_rows_of(x, product(a, weight2, bias2))
+    return shaped_like_rows_of(x, product(a, weight2, bias2))
 
 
 def _tail_forward(
@@ -109,7 +109,7 @@ def _tail_forward(
     act_format: Sequence[int] = (),
 ) -> Tensor:
     a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
-    return _shaped_like_rows_of(h, product(a, weight2, bias2))
+    return shaped_like_rows_of(h, product(a, weight2, bias2))
 
 
 def _tail_backward(
@@ -184,16 +184,16 @@ def _backward(
     )
 
 
-def _shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+def shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
     """`y [rows, features] → [..., features]`; no view for autograd: users may write into the result of a layer."""
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
-def _output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:
+def output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:
     return (*x.shape[:-1], weight2.shape[0])
 
 
-def _rows(x: Tensor) -> int:
+def number_of_rows(x: Tensor) -> int:
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
@@ -201,10 +201,10 @@ def _rows(x: Tensor) -> int:
 
 
 def _fake(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(_output_shape(x, weight2)), x.new_empty(_rows(x), weight1.shape[0])
+    return x.new_empty(output_shape(x, weight2)), x.new_empty(number_of_rows(x), weight1.shape[0])
 
 
-def _fake_gradients(of: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(of: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
     empty = next(t for t in of if t is not None)
     return tuple(
         t.new_empty(t.shape) if needed and t is not None else empty.new_empty(0)
@@ -224,7 +224,7 @@ def _fake_tail_backward(
     mask: list[bool],
     *formats: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients((h, weight2, weight2[:, 0], act_weight), mask)
+    return fake_gradients((h, weight2, weight2[:, 0], act_weight), mask)
 
 
 def _fake_backward(
@@ -241,7 +241,7 @@ def _fake_backward(
     mask: list[bool],
     *formats: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients((x, weight1, weight1[:, 0], weight2, weight2[:, 0], act_weight), mask)
+    return fake_gradients((x, weight1, weight1[:, 0], weight2, weight2[:, 0], act_weight), mask)
 
 
 dense_act_dense = define("dense_act_dense", f"{_SCHEMA} -> (Tensor y, Tensor h)", _forward, _fake)
@@ -252,7 +252,7 @@ act_dense = define(
     "act_dense",
     f"(Tensor h, {_TAIL_SCHEMA}) -> Tensor",
     _tail_forward,
-    lambda h, weight2, *rest: h.new_empty(_output_shape(h, weight2)),
+    lambda h, weight2, *rest: h.new_empty(output_shape(h, weight2)),
 )
 dense_act_dense_backward = define(
     "dense_act_dense_backward",
@@ -290,13 +290,13 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Any) -> tuple[Tensor | No
     if grad_y is None:
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():
-        grads = _differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
+        grads = differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
     else:
         x, weight1, _, weight2, _, act_weight, seed = tensors
         grads = torch.ops.fuse_pass.dense_act_dense_backward(
             grad_y, x, weight1, weight2, h, act_weight, seed, *ctx.settings, needed, *ctx.formats
         )
-    return _only_needed(grads, needed, len(ctx.needs_input_grad))
+    return only_needed(grads, needed, len(ctx.needs_input_grad))
 
 
 def _tail_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -308,13 +308,13 @@ def _tail_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needed = [ctx.needs_input_grad[i] for i in _TAIL_DIFFERENTIABLE]
     if torch.is_grad_enabled():
-        grads = _differentiable_grads(_tail_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
+        grads = differentiable_grads(_tail_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
     else:
         h, weight2, _, act_weight, seed = tensors
         grads = torch.ops.fuse_pass.act_dense_backward(
             grad_y, h, weight2, act_weight, seed, *ctx.settings, needed, *ctx.formats
         )
-    return _only_needed(grads, needed, len(ctx.needs_input_grad))
+    return only_needed(grads, needed, len(ctx.needs_input_grad))
 
 
 def _tail_formula(
@@ -333,7 +333,7 @@ def _tail_formula(
     a = _activate(
         rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, straight_through_packed
     )
-    return F.linear(a, weight2, bias2).view(_output_shape(h, weight2))
+    return F.linear(a, weight2, bias2).view(output_shape(h, weight2))
 
 
 def _formula(x: Tensor, weight1: Tensor, bias1: Tensor | None, *tail: Any) -> Tensor:
@@ -341,7 +341,7 @@ def _formula(x: Tensor, weight1: Tensor, bias1: Tensor | None, *tail: Any) -> Te
     return _tail_formula(F.linear(x, weight1, bias1), *tail)
 
 
-def _differentiable_grads(
+def differentiable_grads(
     formula: Callable[..., Tensor], tensors: Any, settings: tuple[Any, ...], needed: list[bool], grad_y: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients that can be differentiated again (`create_graph=True`).
@@ -361,7 +361,7 @@ def _differentiable_grads(
     return tuple(grads.get(i, grad_y) for i in range(len(needed)))
 
 
-def _only_needed(grads: tuple[Tensor, ...], needed: list[bool], total: int) -> tuple[Tensor | None, ...]:
+def only_needed(grads: tuple[Tensor, ...], needed: list[bool], total: int) -> tuple[Tensor | None, ...]:
     kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     return (*kept, *(None,) * (total - len(kept)))
 

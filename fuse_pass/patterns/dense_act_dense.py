@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,15 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.packed_format import pack
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
+from fuse_pass.patterns.linear_chain import (
+    as_linear_weight,
+    problem_of_bias,
+    problem_of_walks,
+    through_dropout,
+    through_quantisation,
+)
 from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
 from fuse_pass.report import Reason
 
@@ -166,45 +172,22 @@ def _ending_in(
     view: GraphView, layers: Mapping[Node, Linear], second: Linear, taken: Set[Node]
 ) -> tuple[Candidate | None, FoundActivation | None]:
     upper = view.walk_up(second.input)
-    walks, p = [upper], 0.0
+    walks = [upper]
     nodes: list[Node] = [*second.nodes, *upper.passed]
-    act_format = _through_quantisation(view, walks, nodes)
-    upper = walks[-1]
-    dropout = view.op(upper.node)
-    if (
-        dropout is not None
-        and dropout.kind == "dropout"
-        and not (dropout.in_place and not view.owns_its_input(dropout))
-    ):
-        p = dropout["p"]
-        nodes.append(upper.node)
-        walks.append(view.walk_up(dropout["input"]))
-        nodes += walks[-1].passed
+    act_format = through_quantisation(view, walks, nodes)
+    p = through_dropout(view, walks, nodes)
     activation = activation_at(view, walks[-1].node)
     if activation is None:
         return None, None
     walks.append(view.walk_up(activation.input))
     nodes += [*activation.nodes, *walks[-1].passed]
-    hidden_format = _through_quantisation(view, walks, nodes)
+    hidden_format = through_quantisation(view, walks, nodes)
     first = layers.get(walks[-1].node)
     if first is None or first.features != second.features:
         return None, activation
     in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
     formats = (hidden_format, act_format)
     return _candidate(view, first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
-
-
-def _through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node]) -> list[int]:
-    """Walks on past a deterministic fake quantisation; returns its settings as the op takes them, or none."""
-    node = walks[-1].node
-    if node.target is not torch.ops.fuse_pass.fake_quantize.default:
-        return []
-    source, seed, *settings, clip_grad = cast(tuple[Any, ...], node.args)
-    if seed is not None or clip_grad or not isinstance(source, Node):
-        return []
-    walks.append(view.walk_up(source))
-    nodes += [node, *walks[-1].passed]
-    return pack(*settings)
 
 
 def _candidate(
@@ -255,32 +238,22 @@ def _candidate(
         needs_random_numbers=drops,
         problem=_problem_on_the_way(walks, second.features)
         or activation.problem
-        or _problem_of_bias(first)
-        or _problem_of_bias(second)
+        or problem_of_bias(first)
+        or problem_of_bias(second)
         or _problem_of_width(first, second)
         or _problem_of_groups(view, first, second),
     )
 
 
 def _problem_on_the_way(walks: list[Walk], features: int) -> Problem | None:
+    """Rows of a Linear may be rearranged and put back; pixels of a convolution may not."""
+    problem = problem_of_walks(walks)
     for walk in walks:
-        if walk.casts:
-            return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
-        if walk.moves_rows is not None:
-            return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
-        if features == CHANNELS and walk.passed:
+        if problem is None and features == CHANNELS and walk.passed:
             start, end = value_of(walk.node), value_of(walk.passed[0])
             if start is None or end is None or not same_shape(start.shape, end.shape):
                 return Problem(Reason.LAYOUT, f"{walk.passed[0].name} changes the shape", walk.passed[0])
-    return None
-
-
-def _problem_of_bias(layer: Linear) -> Problem | None:
-    """An addition promotes, and stays outside autocast; a Linear does neither."""
-    product, bias = value_of(layer.nodes[0]), value_of(layer.bias)
-    if len(layer.nodes) > 1 and product is not None and bias is not None and product.dtype is not bias.dtype:
-        return Problem(Reason.DTYPES, f"{layer.node.name} adds a bias of {bias.dtype} to {product.dtype}", layer.node)
-    return None
+    return problem
 
 
 def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
@@ -334,7 +307,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     assert y_value is not None
     along_channels = constants["features"] == CHANNELS
     with editor.at(candidate.outputs, candidate.nodes):
-        weight2 = _weight(editor, inputs["weight2"], constants["transposed2"], along_channels)
+        weight2 = as_linear_weight(editor, inputs["weight2"], constants["transposed2"], along_channels)
         seed = editor.call(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
         tail = (weight2, inputs["bias2"], inputs["act_weight"], seed)
         settings = (
@@ -347,7 +320,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
         if inputs["weight1"] is None:
             y = editor.call(torch.ops.fuse_pass.act_dense.default, x, *tail, *settings)
         else:
-            weight1 = _weight(editor, inputs["weight1"], constants["transposed1"], along_channels)
+            weight1 = as_linear_weight(editor, inputs["weight1"], constants["transposed1"], along_channels)
             arguments = (x, weight1, inputs["bias1"], *tail, *settings)
             if y_value.requires_grad:
                 y = editor.item(editor.call(torch.ops.fuse_pass.dense_act_dense.default, *arguments), 0)
@@ -356,12 +329,6 @@ def replace(editor: Editor, candidate: Candidate) -> None:
         y = channels_back(editor, y, y_value) if along_channels else y
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)
-
-
-def _weight(editor: Editor, weight: Node | None, transposed: bool, along_channels: bool) -> Node | None:
-    if along_channels:
-        return editor.call("flatten", weight, 1)
-    return editor.call("t", weight) if transposed else weight
 
 
 PATTERN = Pattern("dense_act_dense", find, check, replace, reference, SPELLINGS, example_inputs)

@@ -19,7 +19,9 @@ from tests.precision import assert_as_exact_as_eager
 
 ops = torch.ops.fuse_pass
 SEED, P = 0x1234_5678_9ABC_DEF0, 0.3
-ARGUMENTS: dict[str, tuple[float, ...]] = {"leaky_relu": (0.2,), "elu": (0.7,)}
+ARGUMENTS: dict[str, tuple[float, ...]] = {
+    "leaky_relu": (0.2,), "elu": (0.7,), "hardtanh": (-0.5, 0.7), "softplus": (2.0, 3.0),
+}  # fmt: skip
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "act_weight")
 
 

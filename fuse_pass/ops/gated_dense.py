@@ -1,0 +1,239 @@
+"""A gated feed-forward block as one op: `y = dropout(act(x Wgᵀ + bg) ⊙ (x Wuᵀ + bu)) W2ᵀ + b2`.
+
+GLU with sigmoid, ReGLU, GEGLU and SwiGLU of Shazeer, "GLU Variants Improve Transformer" (2020).
+
+Shapes: x `[..., d_in]`, weight2 `[d_out, d_hidden]`, y `[..., d_out]`. Two projections: weight1 (the gate's) and
+weight_up `[d_hidden, d_in]`. A merged one: weight1 `[2 d_hidden, d_in]` and no weight_up; the gate is its first half,
+or its second if `gate_second`.
+
+Saved for backward are x, the pre-activations and the seed; the activation, the product and the dropout mask are
+recomputed. `gated_dense` for training returns `(y, h, up)`: the values of both projections, or of the merged one and an
+empty tensor. `gated_dense_inference` returns y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuse_pass.ops import rng
+from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.ops.dense import product, rows_of
+from fuse_pass.ops.dense_act_dense import (
+    differentiable_grads,
+    fake_gradients,
+    number_of_rows,
+    only_needed,
+    output_shape,
+    shaped_like_rows_of,
+)
+from fuse_pass.ops.library import cast_for_autocast, define, define_autocast, define_autograd, placeholders
+from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
+
+_TENSORS = (
+    "Tensor x, Tensor weight1, Tensor? bias1, Tensor? weight_up, Tensor? bias_up, Tensor weight2, Tensor? bias2, "
+    "Tensor? seed"
+)
+_SETTINGS = "float p, str activation, float[] act_arguments, bool gate_second, int[] act_format=[]"
+
+
+def _gate_and_up(h: Tensor, up: Tensor | None, gate_second: bool) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return h, up
+    first, second = h.chunk(2, -1)
+    return (second, first) if gate_second else (first, second)
+
+
+def _gated(
+    gate: Tensor,
+    up: Tensor,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    act_format: Sequence[int],
+    quantize: Callable[[Tensor, Sequence[int]], Tensor] = quantize_packed,
+) -> Tensor:
+    a = ACTIVATIONS[activation].forward(gate, act_arguments, None)
+    return quantize(rng.dropout(a * up, seed, p), act_format)
+
+
+def _forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight_up: Tensor | None,
+    bias_up: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    gate_second: bool,
+    act_format: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = rows_of(x)
+    h = product(rows, weight1, bias1)
+    up = None if weight_up is None else product(rows, weight_up, bias_up)
+    a = _gated(*_gate_and_up(h, up, gate_second), seed, p, activation, act_arguments, act_format)
+    y = product(a, weight2, bias2)
+    return shaped_like_rows_of(x, y), h, h.new_empty(0) if up is None else up
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight_up: Tensor | None,
+    weight2: Tensor,
+    h: Tensor,
+    up: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    gate_second: bool,
+    output_mask: list[bool],
+    act_format: Sequence[int] = (),
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight1, bias1, weight_up, bias_up, weight2 and bias2; empty where `output_mask` is False."""
+    *need_first, need_weight2, need_bias2 = output_mask
+    grad, rows = rows_of(grad_y), rows_of(x)
+    grads = placeholders(h, 7)
+    gate_value, up_value = _gate_and_up(h, up, gate_second)
+    if need_weight2:
+        a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format)
+        grads[5] = product(grad.t(), a.t())
+    if need_bias2:
+        grads[6] = grad.sum(0)
+    if any(need_first):
+        row = ACTIVATIONS[activation]
+        grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
+        grad_gate = row.backward(grad_a * up_value, gate_value, act_arguments, None)
+        grad_up = grad_a * row.forward(gate_value, act_arguments, None)
+        if weight_up is None:
+            halves = [grad_up, grad_gate] if gate_second else [grad_gate, grad_up]
+            grads[:3] = _first_grads(torch.cat(halves, -1), rows, weight1, need_first[:3], grads[:3])
+        else:
+            need_x, *need_gate, need_weight_up, need_bias_up = need_first
+            grads[:3] = _first_grads(grad_gate, rows, weight1, [need_x, *need_gate], grads[:3])
+            of_up = _first_grads(grad_up, rows, weight_up, [need_x, need_weight_up, need_bias_up], grads[2:5])
+            grads[3:5] = of_up[1:]
+            if need_x:
+                grads[0] = grads[0] + of_up[0]
+        if need_first[0]:
+            grads[0] = grads[0].view(x.shape)
+    return tuple(grads)
+
+
+def _first_grads(
+    grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool], otherwise: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of the input, the weight and the bias of one projection."""
+    need_x, need_weight, need_bias = needed
+    return [
+        product(grad, weight.t()) if need_x else otherwise[0],
+        product(grad.t(), rows.t()) if need_weight else otherwise[1],
+        grad.sum(0) if need_bias else otherwise[2],
+    ]
+
+
+def _fake(
+    x: Tensor, weight1: Tensor, bias1: Any, weight_up: Tensor | None, bias_up: Any, weight2: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = number_of_rows(x)
+    up = x.new_empty(0) if weight_up is None else x.new_empty(rows, weight_up.shape[0])
+    return x.new_empty(output_shape(x, weight2)), x.new_empty(rows, weight1.shape[0]), up
+
+
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight1: Tensor, weight_up: Tensor | None, weight2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    # rest: h, up, seed, p, activation, act_arguments, gate_second, output_mask, act_format
+    bias_up = None if weight_up is None else weight_up[:, 0]
+    return fake_gradients((x, weight1, weight1[:, 0], weight_up, bias_up, weight2, weight2[:, 0]), rest[7])
+
+
+gated_dense = define("gated_dense", f"({_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor up)", _forward, _fake)
+gated_dense_inference = define(
+    "gated_dense_inference",
+    f"({_TENSORS}, {_SETTINGS}) -> Tensor",
+    lambda *arguments: _forward(*arguments)[0],
+    lambda *arguments: _fake(*arguments)[0],
+)
+gated_dense_backward = define(
+    "gated_dense_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight1, Tensor? weight_up, Tensor weight2, Tensor h, Tensor? up, Tensor? seed, "
+    "float p, str activation, float[] act_arguments, bool gate_second, bool[7] output_mask, int[] act_format=[]) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+# The tensor arguments that carry gradients, by position, in the order in which the backward op returns them.
+_DIFFERENTIABLE = tuple(range(7))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, ctx.settings, ctx.format = inputs[:8], inputs[8:12], inputs[12:]
+    ctx.is_merged = inputs[3] is None
+    kept = () if ctx.is_merged else (output[2],)
+    ctx.save_for_backward(*tensors, output[1], *kept)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    if grad_y is None:
+        return (None,) * len(ctx.needs_input_grad)
+    saved = ctx.saved_tensors
+    tensors, kept = saved[:8], saved[8:]
+    if torch.is_grad_enabled():
+        grads = differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.format), needed, grad_y)
+    else:
+        x, weight1, _, weight_up, _, weight2, _, seed = tensors
+        h, up = kept[0], None if ctx.is_merged else kept[1]
+        grads = torch.ops.fuse_pass.gated_dense_backward(
+            grad_y, x, weight1, weight_up, weight2, h, up, seed, *ctx.settings, needed, *ctx.format
+        )
+    return only_needed(grads, needed, len(ctx.needs_input_grad))
+
+
+def _formula(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight_up: Tensor | None,
+    bias_up: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    activation: str,
+    act_arguments: list[float],
+    gate_second: bool,
+    act_format: Sequence[int] = (),
+) -> Tensor:
+    """`gated_dense` in differentiable PyTorch, for second derivatives."""
+    rows = rows_of(x)
+    up = None if weight_up is None else F.linear(rows, weight_up, bias_up)
+    halves = _gate_and_up(F.linear(rows, weight1, bias1), up, gate_second)
+    a = _gated(*halves, seed, p, activation, act_arguments, act_format, straight_through_packed)
+    return F.linear(a, weight2, bias2).view(output_shape(x, weight2))
+
+
+define_autograd(gated_dense, _setup, _autograd)
+for _op in (gated_dense, gated_dense_inference):
+    for _device_type in ("cpu", "cuda"):
+        define_autocast(
+            _op,
+            _device_type,
+            lambda op, *args, device_type=_device_type: op(*(cast_for_autocast(a, device_type) for a in args)),
+        )

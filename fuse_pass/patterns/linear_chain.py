@@ -1,0 +1,62 @@
+"""What the patterns of Linear layers share: walking between two of them, and what may be wrong there."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.fx import Node
+
+from fuse_pass.graph.edit import Editor
+from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.shapes import value_of
+from fuse_pass.graph.view import GraphView, Linear, Walk
+from fuse_pass.ops.packed_format import pack
+from fuse_pass.report import Reason
+
+
+def through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node]) -> list[int]:
+    """Walks on past a deterministic fake quantisation; returns its settings as the op takes them, or none."""
+    node = walks[-1].node
+    if node.target is not torch.ops.fuse_pass.fake_quantize.default:
+        return []
+    source, seed, *settings, clip_grad = cast(tuple[Any, ...], node.args)
+    if seed is not None or clip_grad or not isinstance(source, Node):
+        return []
+    walks.append(view.walk_up(source))
+    nodes += [node, *walks[-1].passed]
+    return pack(*settings)
+
+
+def through_dropout(view: GraphView, walks: list[Walk], nodes: list[Node]) -> Any:
+    """Walks on past an active dropout; returns its p, or 0 where there is none."""
+    node = walks[-1].node
+    dropout = view.op(node)
+    if dropout is None or dropout.kind != "dropout" or (dropout.in_place and not view.owns_its_input(dropout)):
+        return 0.0
+    walks.append(view.walk_up(dropout["input"]))
+    nodes += [node, *walks[-1].passed]
+    return dropout["p"]
+
+
+def problem_of_walks(walks: list[Walk]) -> Problem | None:
+    for walk in walks:
+        if walk.casts:
+            return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
+        if walk.moves_rows is not None:
+            return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
+    return None
+
+
+def problem_of_bias(layer: Linear) -> Problem | None:
+    """An addition promotes, and stays outside autocast; a Linear does neither."""
+    product, bias = value_of(layer.nodes[0]), value_of(layer.bias)
+    if len(layer.nodes) > 1 and product is not None and bias is not None and product.dtype is not bias.dtype:
+        return Problem(Reason.DTYPES, f"{layer.node.name} adds a bias of {bias.dtype} to {product.dtype}", layer.node)
+    return None
+
+
+def as_linear_weight(editor: Editor, weight: Node | None, transposed: bool, along_channels: bool) -> Node | None:
+    if along_channels:
+        return editor.call("flatten", weight, 1)
+    return editor.call("t", weight) if transposed else weight
