@@ -119,7 +119,7 @@ def test_bias_of_any_strides(layout: str, dtype: torch.dtype, library: str) -> N
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_product_with_activation(name: str, dtype: torch.dtype, library: str) -> None:
-    arguments = {"leaky_relu": (0.2,), "elu": (0.7,)}.get(name, ())
+    arguments = {"leaky_relu": (0.2,), "elu": (0.7,), "hardtanh": (-0.5, 0.7), "softplus": (2.0, 3.0)}.get(name, ())
     row, weight = ACTIVATIONS[name], torch.full((1,), 0.3, dtype=dtype)
     for size in ("small", "large", "no row"):
         a, b, bias = operands(size, dtype)
