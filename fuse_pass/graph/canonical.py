@@ -127,6 +127,7 @@ _TABLE: tuple[_Row, ...] = (
             aten.reshape.default,
             aten.unsqueeze.default,
             aten.contiguous.default,
+            aten.alias.default,
         ),
     ),
     ("cast", _variadic, ("to", "type", "type_as", "float", "half", "bfloat16", "double", aten.to.dtype)),

@@ -7,12 +7,14 @@
 Shapes: x, residual, z and y `[..., *normalized]`, weight and bias `[*normalized]`, mean and rstd `[..., 1, …]`.
 Variance is biased; statistics are float32 (float64 for float64). Saved for backward are z, the statistics and the seed;
 the mask is recomputed. `norm_dtype` is what z is cast to before the norm, and the dtype of y (None: z's own): the cast
-that many models write there, and the one that CUDA autocast makes.
+that many models write there, and the one that CUDA autocast makes. With a `sum_format` (`ops.packed_format`) the norm
+reads z rounded, straight through, before that cast; the result z stays as it is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from fuse_pass.ops import rng
 from fuse_pass.ops.library import accumulation_dtype, define, define_autocast, define_autograd, placeholders
+from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
 
@@ -86,11 +89,13 @@ def _forward(
     norm: str,
     norm_dtype: torch.dtype | None,
     residual_first: bool,
+    sum_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, z (empty where it would be x itself), mean (empty for RMSNorm) and rstd."""
     z = _dropout(x, seed, p, normalized_dims)
     z = _add(z, residual, residual_first)
-    y, mean, rstd = _normalise(z, weight, bias, eps, normalized_dims, norm, norm_dtype or z.dtype)
+    seen = quantize_packed(z, sum_format)
+    y, mean, rstd = _normalise(seen, weight, bias, eps, normalized_dims, norm, norm_dtype or z.dtype)
     return y, x.new_empty(0) if z is x else z, mean, rstd
 
 
@@ -107,6 +112,7 @@ def _backward(
     norm: str,
     norm_dtype: torch.dtype | None,
     output_mask: list[bool],
+    sum_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of z, x (where dropout is active), weight and bias; an empty tensor where `output_mask` is False.
 
@@ -124,7 +130,7 @@ def _backward(
         if need_weight or need_bias:
             grad_weight = grad_bias = z.new_zeros(z.shape[z.dim() - normalized_dims :], dtype=wide)
     else:
-        normalised = z.to(dtype).to(wide)
+        normalised = quantize_packed(z, sum_format).to(dtype).to(wide)
         normalised = (normalised - mean if norm == LAYER_NORM else normalised) * rstd
         grad_normalised = grad_y.to(wide)
         if need_weight:
@@ -171,6 +177,7 @@ def _fake(
     norm: str,
     norm_dtype: torch.dtype | None,
     residual_first: bool,
+    sum_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = torch.empty_like(x) if residual is None else _add(x, residual, residual_first)
     dtype = norm_dtype or z.dtype
@@ -198,6 +205,7 @@ def _fake_backward(
     norm: str,
     norm_dtype: torch.dtype | None,
     output_mask: list[bool],
+    sum_format: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     wide = accumulation_dtype(norm_dtype or z.dtype)
     parameter = z.shape[z.dim() - normalized_dims :]
@@ -211,21 +219,24 @@ def _fake_backward(
 dropout_norm = define(
     "dropout_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, float eps, int normalized_dims, "
-    "str norm, ScalarType? norm_dtype, bool residual_first) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    "str norm, ScalarType? norm_dtype, bool residual_first, int[] sum_format=[]) -> "
+    "(Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     _forward,
     _fake,
 )
 dropout_norm_backward = define(
     "dropout_norm_backward",
     "(Tensor? grad_y, Tensor? grad_z, Tensor z, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float p, "
-    "int normalized_dims, str norm, ScalarType? norm_dtype, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int normalized_dims, str norm, ScalarType? norm_dtype, bool[4] output_mask, int[] sum_format=[]) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, _ = inputs
+    x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, _ = inputs[:11]
+    ctx.formats = inputs[11:]
     _, z, mean, rstd = output
     ctx.drops = seed is not None and ctx.p != 0
     ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
@@ -247,8 +258,9 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, *statistic
     else:
         mask = [need_residual or (need_x and not ctx.drops), need_x and ctx.drops, need_weight, need_bias]
         grad, grad_x, grad_weight, grad_bias = torch.ops.fuse_pass.dropout_norm_backward(
-            grad_y, grad_z, z, mean, rstd, weight, seed, ctx.p, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, mask
-        )
+            grad_y, grad_z, z, mean, rstd, weight, seed, ctx.p, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, mask,
+            *ctx.formats,
+        )  # fmt: skip
         grad_x = grad_x if ctx.drops else grad
     grads = (grad_x, grad, grad_weight, grad_bias)
     return (
@@ -276,7 +288,8 @@ def _differentiable_grads(
             dtype = ctx.norm_dtype or z.dtype
             return _normalise(z, weight, None, ctx.eps, ctx.normalized_dims, ctx.norm, dtype)[0]
 
-        _, vjp = torch.func.vjp(normalise, z, *parameters)  # type: ignore[misc]  # 2 results without aux
+        seen = straight_through_packed(z, *ctx.formats) if ctx.formats else z
+        _, vjp = torch.func.vjp(normalise, seen, *parameters)  # type: ignore[misc]  # 2 results without aux
         grad, *of_weight = vjp(grad_y)
         grad = grad if grad_z is None else grad + grad_z
         grad_weight = of_weight[0] if of_weight else grad_weight
@@ -286,10 +299,10 @@ def _differentiable_grads(
 
 def _cuda_autocast(op: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
     """CUDA autocast runs norms in float32; CPU autocast leaves them alone (so there is no rule for it)."""
-    *others, norm_dtype, residual_first = rest
+    others, (norm_dtype, residual_first, *formats) = rest[:7], rest[7:]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     norm_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else norm_dtype
-    return op(x, residual, *others, norm_dtype, residual_first)
+    return op(x, residual, *others, norm_dtype, residual_first, *formats)
 
 
 define_autograd(dropout_norm, _setup, _autograd)

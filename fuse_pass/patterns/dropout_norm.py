@@ -3,11 +3,12 @@
 Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does
 an inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual
 stream of a pre-norm block, it becomes a second output. A cast before the norm is taken over, and a view that keeps the
-rows moves behind it.
+rows moves behind it. A fake quantisation of what the norm reads happens inside.
 
 Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies
 inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are
-computed after the sum is already read; a view changes the normalised dimensions; a tensor is a subclass or on another
+computed after the sum is already read; a view changes the normalised dimensions; the quantisation rounds at random or
+by a scale; a tensor is a subclass or on another
 device; the user wants eager's random numbers.
 """
 
@@ -28,6 +29,7 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
 from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
+from fuse_pass.patterns.sum_path import path_from
 from fuse_pass.report import Reason
 
 
@@ -137,12 +139,14 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
 
 
 def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
-    path = _up_to_the_sum(view, norm["input"])
-    z_node = path[-1].args[0] if path else norm["input"]
-    found = _sum_at(view, z_node)
+    path = path_from(view, norm["input"])
+    found = _sum_at(view, path.top)
+    if found is None:  # an inactive dropout without a sum is itself what the norm is fused with
+        path = path.up_to_dropout(view)
+        found = _sum_at(view, path.top)
     if found is None:
         return None
-    vanishing = _read_by_nobody_else(path, norm.node)
+    vanishing = path.read_only_by(norm.node)
     # Whatever else reads the sum gets it as a second output, unless it is a value that stays where it is.
     stays = found.residual is None and found.p == 0
     others = [user for user in found.node.users if user not in (norm.node, *vanishing)]
@@ -153,6 +157,7 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
     words += [f"dropout {found.p}"] if drops else []
     words += ["residual"] if found.residual is not None else []
     words += ["sum read again"] if keeps_sum else []
+    words += ["fake-quantised"] if path.quantised is not None else []
     return Candidate(
         anchor=norm.node,
         nodes=nodes,
@@ -163,40 +168,13 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
         constants={
             "p": found.p, "drops": drops, "eps": norm["eps"], "shape": norm["normalized_shape"], "norm": norm.kind,
             "sum": found.node, "normalised": norm["input"], "residual_first": found.residual_first,
-            "casts": tuple(node for node in reversed(path) if view.kind(node) == "cast"),
-            "reshapes": tuple(node for node in reversed(path) if view.kind(node) == "reshape"),
+            "casts": path.of_kind(view, "cast"), "reshapes": path.of_kind(view, "reshape"),
+            "quantised": path.quantised, "sum_format": path.sum_format,
         },
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=found.problem,
+        problem=found.problem or path.problem,
     )  # fmt: skip
-
-
-def _up_to_the_sum(view: GraphView, node: Any) -> list[Node]:
-    """The casts, reshapes and inactive dropouts between the norm (first) and the sum (last)."""
-    path: list[Node] = []
-    dropouts_from = None
-    while (op := view.op(node)) is not None and op.kind in ("cast", "reshape", "dropout") and node.args:
-        if op.kind == "dropout":
-            if is_active_dropout(op) or op.in_place:
-                break
-            dropouts_from = len(path) if dropouts_from is None else dropouts_from
-        path.append(node)
-        node = node.args[0]
-    if dropouts_from is not None and _sum_at(view, node) is None:
-        del path[dropouts_from:]  # no sum above: the inactive dropout itself is what the norm is fused with
-    return path
-
-
-def _read_by_nobody_else(path: list[Node], reader: Node) -> list[Node]:
-    """The part of the path that only leads to the norm; what others read stays, and so does everything above it."""
-    vanishing = []
-    for node in path:
-        if set(node.users) != {reader}:
-            break
-        vanishing.append(node)
-        reader = node
-    return vanishing
 
 
 def _sum_at(view: GraphView, node: Any) -> _Sum | None:
@@ -267,6 +245,10 @@ def _check_dtypes(candidate: Candidate, z: Tensor) -> Problem | None:
         dtype = torch.promote_types(dtype, operand.dtype)  # type: ignore[union-attr]
     if dtype is not z.dtype:
         return Problem(Reason.DTYPES, f"the sum of {dtype} operands is {z.dtype}", candidate.constants["sum"])
+    quantised = value_of(candidate.constants["quantised"])
+    if quantised is not None and quantised.dtype is not z.dtype:
+        detail = f"{z.dtype} is quantised as {quantised.dtype}"
+        return Problem(Reason.DTYPES, detail, candidate.constants["quantised"])
     # One cast is taken over by the op; of several, those before the last may round.
     changes, dtype = [], z.dtype
     for cast in candidate.constants["casts"]:
@@ -300,6 +282,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
         call = editor.call(
             torch.ops.fuse_pass.dropout_norm.default, x, residual, inputs["weight"], inputs["bias"], seed, p, eps,
             len(constants["shape"]), constants["norm"], norm_dtype, constants["residual_first"],
+            *([constants["sum_format"]] if constants["sum_format"] else ()),
         )  # fmt: skip
         outputs = [editor.item(call, i) for i in range(len(candidate.outputs))]
     with editor.at((candidate.anchor,), (candidate.anchor,)):  # the sizes of a reshape may be computed late

@@ -1,0 +1,94 @@
+"""The way from the input of a norm up to the sum that it normalises, through what does not belong to either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.ops.packed_format import pack
+from fuse_pass.report import Reason
+
+
+@dataclass
+class Path:
+    """What lies between a norm and the value that it is fused with.
+
+    Attributes:
+        top: that value.
+        nodes: casts, reshapes, inactive dropouts and a fake quantisation, the one that the norm reads first.
+        quantised: the fake quantisation, if there is one.
+        sum_format: its settings as `ops.packed_format` has them; empty where there is none.
+        problem: what stands in the way.
+    """
+
+    top: Any
+    nodes: list[Node] = field(default_factory=list)
+    quantised: Node | None = None
+    sum_format: list[int] = field(default_factory=list)
+    problem: Problem | None = None
+
+    def of_kind(self, view: GraphView, kind: str) -> tuple[Node, ...]:
+        """The nodes of one kind in graph order."""
+        return tuple(node for node in reversed(self.nodes) if view.kind(node) == kind)
+
+    def up_to_dropout(self, view: GraphView) -> Path:
+        """The path up to its first inactive dropout, for where there is no sum above it."""
+        for i, node in enumerate(self.nodes):
+            if view.kind(node) == "dropout":
+                path = Path(node, self.nodes[:i])
+                if self.quantised in path.nodes:
+                    path.quantised, path.sum_format, path.problem = self.quantised, self.sum_format, self.problem
+                return path
+        return self
+
+    def read_only_by(self, reader: Node) -> list[Node]:
+        """The part that only leads to the norm; what others read stays, and so does everything above it."""
+        vanishing = []
+        for node in self.nodes:
+            if set(node.users) != {reader}:
+                break
+            vanishing.append(node)
+            reader = node
+        return vanishing
+
+
+def path_from(view: GraphView, node: Any) -> Path:
+    """Walks up from the input of a norm."""
+    path = Path(node)
+    while isinstance(path.top, Node):
+        op = view.op(path.top)
+        if op is None:
+            if not _enter_quantisation(path):
+                break
+            continue
+        in_the_way = op.kind == "dropout" and (is_active_dropout(op) or op.in_place)
+        if op.kind not in ("cast", "reshape", "dropout") or in_the_way or not path.top.args:
+            break
+        path.nodes.append(path.top)
+        path.top = path.top.args[0]
+    return path
+
+
+_ROUNDING = ("fuse_pass.fake_quantize", "fuse_pass.fake_quantize_int", "fuse_pass.straight_through")
+
+
+def _enter_quantisation(path: Path) -> bool:
+    node: Node = path.top
+    name = str(node.target).removesuffix(".default")
+    if name not in _ROUNDING or node.kwargs or path.quantised is not None:
+        return False
+    source, *arguments = node.args
+    if name == _ROUNDING[0]:
+        seed, *settings, clip_grad = arguments
+        if seed is None and not clip_grad:
+            path.sum_format = pack(*settings)  # type: ignore[arg-type]  # checked by the op's schema
+    if not path.sum_format:
+        detail = f"{node.name} rounds at random, by a scale of its own or with clipped gradients"
+        path.problem = Problem(Reason.QUANTIZATION, detail, node)
+    path.nodes.append(node)
+    path.quantised, path.top = node, source
+    return True
