@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from fuse_pass.graph.shapes import same_shape, value_of
+from fuse_pass.graph.shapes import same_shape, same_strides, size_hint, value_of
 from fuse_pass.graph.view import GraphView
 
 
@@ -142,6 +142,15 @@ class Editor:
         require_same_value(old, new)
         new.meta["example_value"] = old.meta["example_value"]
 
+    def laid_out_as(self, old: Node, new: Node) -> Node:
+        """The value of `new` in memory as that of `old` is, dimension by dimension."""
+        a, b = value_of(old), value_of(new)
+        if a is None or b is None or same_strides(a, b):
+            return new
+        order = sorted(range(a.dim()), key=lambda dim: size_hint(a.stride(dim)), reverse=True)
+        back = sorted(range(a.dim()), key=order.__getitem__)
+        return self.call("permute", self.call("contiguous", self.call("permute", new, order)), back)
+
     def erase(self, group: Iterable[Node]) -> None:
         """Removes replaced nodes, and weight transposes that only they have read."""
         for node in sorted(group, key=self._view.position.__getitem__, reverse=True):
@@ -170,7 +179,8 @@ class Editor:
         """The modes in which the node that we stand at computes its value."""
         with contextlib.ExitStack() as stack:
             # The mode of the neighbours: the one that is active while a backend runs is another, not to be mixed in.
-            like = value_of(self._like)
+            values = self._like.meta["example_value"]
+            like = values[0] if isinstance(values, (tuple, list)) and values else values
             if isinstance(like, FakeTensor):
                 stack.enter_context(like.fake_mode)
             stack.enter_context(torch.no_grad())
@@ -190,8 +200,11 @@ def require_same_value(old: Node, new: Node) -> None:
     for what, x, y in (("dtype", a.dtype, b.dtype), ("device", a.device, b.device), ("layout", a.layout, b.layout)):
         if x != y:
             raise RewriteError(f"{old.name} → {new.name}: expected {what} {x}, got {y}")
-    for what, before, after in (("shape", a.shape, b.shape), ("strides", a.stride(), b.stride())):
-        if not same_shape(before, after):
+    for what, before, after, same in (
+        ("shape", a.shape, b.shape, same_shape(a.shape, b.shape)),
+        ("strides", a.stride(), b.stride(), same_strides(a, b)),
+    ):
+        if not same:
             raise RewriteError(f"{old.name} → {new.name}: expected {what} {tuple(before)}, got {tuple(after)}")
 
 

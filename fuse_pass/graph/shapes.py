@@ -37,6 +37,20 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike; the stride of a dimension of one element has no meaning."""
+    return all(
+        same_size(size, 1) or same_size(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def size_hint(size: Any) -> int:
+    """The size in the call for which the graph was captured; for one that depends on data, a number as good as any."""
+    if isinstance(size, int):
+        return size
+    return 8192 if size.node.hint is None else int(size.node.hint)
+
+
 def keeps_rows(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
     """Whether a reshape leaves every row (last dimension) as it was."""
     if before is None or after is None or before.dim() == 0 or after.dim() == 0:

@@ -6,17 +6,22 @@ for Linear, convolutions, matrix products, attention, embeddings and normalisati
 value that several operations read is quantised once, and what is already the quantised result of another operation is
 not quantised again (it would not change). Models for which both exist get the same bits from `convert` and from here.
 
+Calls of attention are opened: `nn.MultiheadAttention` always, and `F.scaled_dot_product_attention` where results are
+quantised, since scores and probabilities are such.
+
 Declines when: a tensor is a subclass; an operation lies inside a functorch transform; a graph is the closed body of a
-higher-order op; the arithmetic is one opaque call, such as that of `nn.MultiheadAttention` or of a recurrent layer
-(`fuse_pass.compile` swaps those for Quantized* layers, whose arithmetic is left as it is here).
+higher-order op; the arithmetic is one opaque call, such as that of a recurrent layer (`fuse_pass.compile` swaps those
+for Quantized* layers, whose arithmetic is left as it is here).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +29,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView, barrier
 from fuse_pass.ops.rounding import STOCHASTIC
+from fuse_pass.patterns.inserter import Inserter
+from fuse_pass.patterns.open_attention import open_dot_product, open_multi_head, problem_of_multi_head
 from fuse_pass.patterns.pattern import Situation, module_path, source_line
-from fuse_pass.quantize import quantize_at
 from fuse_pass.report import Decline, Match, Reason, Report
-from fuse_pass.spec import QuantSpec, Site
+from fuse_pass.spec import QuantSpec
 
 NAME = "fake_quant"
 
@@ -58,6 +63,7 @@ def _operands(*sites: str, at: int = 0) -> tuple[tuple[int, str, str], ...]:
     return ((0, "input", sites[0]), *rest)
 
 
+_MULTI_HEAD = "multi-head attention"
 _MATRICES = (torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -74,6 +80,7 @@ POINTS: tuple[Point, ...] = (
         (F.scaled_dot_product_attention,),
         ((0, "query", "input"), (1, "key", "input"), (2, "value", "input")),
     ),
+    Point(_MULTI_HEAD, (F.multi_head_attention_forward,), ()),
     Point("einsum", (torch.einsum, torch.functional.einsum), ((1, "", "input"), (2, "", "input"))),
     Point("embedding", (F.embedding, torch.embedding), ()),
     Point("layer_norm", (F.layer_norm, torch.layer_norm), _operands("input", "weight", "bias", at=2)),
@@ -84,9 +91,12 @@ POINTS: tuple[Point, ...] = (
 )
 # Layers whose arithmetic is out of reach inside one call.
 _OPAQUE = (
-    F.multi_head_attention_forward, torch._transformer_encoder_layer_fwd, torch.lstm, torch.gru, torch.rnn_tanh,
+    torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd, torch.lstm, torch.gru, torch.rnn_tanh,
     torch.rnn_relu,
 )  # fmt: skip
+
+
+_QUANTIZED_LAYERS = f'File "{Path(__file__).resolve().parents[1] / "nn" / "quantized"}{os.sep}'
 
 
 @functools.cache
@@ -97,16 +107,16 @@ def _by_target() -> dict[Any, Point]:
 def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
     """Quantises every reachable operation of one graph, in place; what is out of reach is declined with a reason."""
     view = GraphView(graph)
-    inserter = _Inserter(view, spec)
+    inserter = Inserter(view, spec)
     report = Report()
     for node in view.nodes:
         point = None if _is_in_quantized_layer(node) else _point_of(node)
         if point is not None:
-            problem = _problem(view, node, situation, spec)
+            problem = _problem(view, node, point, situation, spec)
             if problem is None:
-                inserter.quantise(node, point)
-                place = module_path(frozenset((node,)))
-                report.matches.append(Match(NAME, point.kind, place, source_line(node), node.name))
+                place, name = module_path(frozenset((node,))), node.name
+                report.matches.append(Match(NAME, point.kind, place, source_line(node), name))
+                _quantise(inserter, node, point)
             else:
                 report.declines.append(_decline(node, problem))
         elif node.op == "call_function" and node.target in _OPAQUE:
@@ -118,9 +128,13 @@ def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
 
 
 def _is_in_quantized_layer(node: Node) -> bool:
-    """Whether a layer that `convert` made has quantised the operation already; such a layer names its `float_type`."""
+    """Whether a layer that `convert` made has quantised the operation already; such a layer names its `float_type`.
+
+    A layer that is the whole model is in no module stack; its code is in that of the call.
+    """
     stack = node.meta.get("nn_module_stack") or {}
-    return any(hasattr(kind, "float_type") for _, kind in stack.values())
+    is_inside = any(hasattr(kind, "float_type") for _, kind in stack.values())
+    return is_inside or _QUANTIZED_LAYERS in (node.meta.get("stack_trace") or "")
 
 
 def _point_of(node: Node) -> Point | None:
@@ -132,7 +146,7 @@ def _point_of(node: Node) -> Point | None:
         return None
 
 
-def _problem(view: GraphView, node: Node, situation: Situation, spec: QuantSpec) -> Problem | None:
+def _problem(view: GraphView, node: Node, point: Point, situation: Situation, spec: QuantSpec) -> Problem | None:
     if situation.body_of is not None:
         return Problem(Reason.HIGHER_ORDER, f"the body of {situation.body_of} is left alone", node)
     if view.is_in_functorch(node):
@@ -144,6 +158,8 @@ def _problem(view: GraphView, node: Node, situation: Situation, spec: QuantSpec)
         value = value_of(part)
         if value is not None and not is_plain(value):
             return Problem(Reason.SUBCLASS, f"{part.name} is a {type(value).__name__} of layout {value.layout}", part)
+    if point.kind == _MULTI_HEAD:
+        return problem_of_multi_head(node)
     result = value_of(node)
     if result is None or not result.is_floating_point():
         return Problem(Reason.DTYPES, f"{node.name} is no floating-point tensor", node)
@@ -156,55 +172,26 @@ def _decline(node: Node, problem: Problem) -> Decline:
     )
 
 
-class _Inserter:
-    """Adds the calls, each value and site once until something may have written into it."""
-
-    def __init__(self, view: GraphView, spec: QuantSpec) -> None:
-        self._editor = Editor(view)
-        self._spec = spec
-        self._known: dict[tuple[Node, Site], Node] = {}
-        self._results: dict[Node, Site] = {}
-
-    def forget(self) -> None:
-        self._known.clear()
-
-    def quantise(self, node: Node, point: Point) -> None:
-        with self._editor.before(node):
-            for position, keyword, name in point.operands:
-                operand = _operand(node, position, keyword)
-                if operand is None:
-                    continue
-                is_parameter = isinstance(value_of(operand), nn.Parameter)
-                site = getattr(self._spec, "weight" if name == "input" and is_parameter else name)
-                if site is not None:
-                    _set_operand(node, position, keyword, self._once(operand, site))
-        sites = [self._spec.output]
-        if point.kind == "embedding" and self._spec.weight is not None:  # the rows that were looked up
-            sites.insert(0, self._spec.weight.of_rows())
-        self._quantise_result(node, [site for site in sites if site is not None])
-
-    def _once(self, operand: Node, site: Site) -> Node:
-        if self._results.get(operand) == site:
-            return operand
-        key = (operand, site)
-        if key not in self._known:
-            self._known[key] = self._call(operand, site)
-        return self._known[key]
-
-    def _quantise_result(self, node: Node, sites: list[Site]) -> None:
-        readers = list(node.users)
-        with self._editor.after(node):
-            new = node
-            for i, site in enumerate(sites):
-                new = new if i and site == sites[i - 1] else self._call(new, site)
-        if new is not node:
-            self._editor.stands_for(new, node)
-            for reader in readers:
-                reader.replace_input_with(node, new)
-            self._results[new] = sites[-1]
-
-    def _call(self, node: Node, site: Site) -> Node:
-        return self._editor.traced(functools.partial(quantize_at, site), node)
+def _quantise(inserter: Inserter, node: Node, point: Point) -> None:
+    spec = inserter.spec
+    if point.kind == _MULTI_HEAD:
+        open_multi_head(inserter, node)
+        return
+    with inserter.editor.before(node):
+        for position, keyword, name in point.operands:
+            operand = _operand(node, position, keyword)
+            if operand is None:
+                continue
+            is_parameter = isinstance(value_of(operand), nn.Parameter)
+            site = getattr(spec, "weight" if name == "input" and is_parameter else name)
+            if site is not None:
+                _set_operand(node, position, keyword, inserter.once(operand, site))
+    sites = [spec.output]
+    if point.kind == "embedding" and spec.weight is not None:  # the rows that were looked up
+        sites.insert(0, spec.weight.of_rows())
+    if point.kind == "sdpa" and spec.output is not None:
+        node = open_dot_product(inserter, node)
+    inserter.quantise_result(node, [site for site in sites if site is not None])
 
 
 def _operand(node: Node, position: int, keyword: str) -> Node | None:

@@ -263,6 +263,21 @@ def test_attention_masks_and_weights() -> None:
         attention(q, k, k, is_causal=True)
 
 
+def test_sequences_of_padding_alone() -> None:
+    """Nothing to attend to: as in PyTorch NaN with weights, the bias of the output without."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    quantized = LAYER_FOR[nn.MultiheadAttention].from_float(attention, EXACT)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [False] * 5])
+    for need_weights in (True, False):
+        (ours, _), (theirs, _) = (
+            layer(x, x, x, key_padding_mask=padding, need_weights=need_weights) for layer in (quantized, attention)
+        )
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert bool(ours.isnan().any()) is need_weights
+    with pytest.raises(RuntimeError, match="key_padding_mask: expected shape"):
+        quantized(x, x, x, key_padding_mask=padding[:1])
+
+
 def test_every_site_can_be_switched() -> None:
     x = torch.randn(3, 6)
     float_layer = nn.Linear(6, 10)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuse_pass.nn.quantized.base import QuantizedLayer, simulated
+from fuse_pass.ops.attention import Heads, joined_masks, multi_head_attention
 from fuse_pass.spec import QuantSpec
 
 
@@ -17,7 +15,8 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` (1706.03762), batch first by default, every product on quantised operands.
 
     Query, key and value are quantised (`input`), the projections' weights and biases, and as `output` the projections,
-    the scores, the probabilities and the context, so that both inner products see numbers of the format as well.
+    the scores, the probabilities and the context, so that both inner products see numbers of the format as well. Masks
+    are added to the quantised scores: what is masked stays out in formats without an infinity, too.
 
     Args:
         embed_dim: features of query and output.
@@ -69,28 +68,17 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3
         q, k, v = (self._input(t) for t in self._batch_first(query, key, value, batched=batched))
-        q, k, v = self._project(q, k, v)
-        mask = self._mask(q, k.shape[1], attn_mask, key_padding_mask)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat((k, self._bias(self.bias_k).expand(k.shape[0], -1, -1)), 1)  # type: ignore[union-attr]
-            v = torch.cat((v, self._bias(self.bias_v).expand(v.shape[0], -1, -1)), 1)  # type: ignore[union-attr]
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        if self.add_zero_attn:
-            k, v = (torch.cat((t, t.new_zeros(*t.shape[:2], 1, t.shape[3])), 2) for t in (k, v))
-        if mask is not None:
-            mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))  # added keys are never masked
-
-        scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
-        scores = self._output(scores if mask is None else scores + mask)
-        probabilities = self._output(torch.softmax(scores, -1))
-        dropped = F.dropout(probabilities, self.dropout, self.training) if self.dropout > 0 else probabilities
-        context = self._output((dropped @ v).transpose(1, 2).flatten(-2))
-        weight, bias = self._weight(self.out_proj.weight), self._bias(self.out_proj.bias)
-        output = self._output(F.linear(context, weight, bias))
-
-        weights = (probabilities if dropped is probabilities else dropped) if need_weights else None
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
+        self._check_masks(q, k, attn_mask, key_padding_mask, batched=batched)
+        output, weights = multi_head_attention(
+            q,
+            k,
+            v,
+            self._heads(),
+            joined_masks(attn_mask, key_padding_mask, self.num_heads, q.dtype),
+            self._output,
+            need_weights=need_weights,
+            average=average_attn_weights,
+        )
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return (output if self.batch_first else output.transpose(0, 1)), weights
@@ -106,35 +94,36 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
             return tuple(tensor.unsqueeze(0) for tensor in tensors)
         return tensors if self.batch_first else tuple(tensor.transpose(0, 1) for tensor in tensors)
 
-    def _project(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self) -> Heads:
         if self._qkv_same_embed_dim:
             weights = self._weight(self.in_proj_weight).chunk(3)
         else:
             weights = tuple(self._weight(w) for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
         bias = self._bias(self.in_proj_bias)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        q, k, v = (self._output(F.linear(x, w, b)) for x, w, b in zip((q, k, v), weights, biases, strict=True))
-        return q, k, v
+        more_keys = None
+        if self.bias_k is not None and self.bias_v is not None:
+            more_keys = self._at("bias", self.bias_k), self._at("bias", self.bias_v)
+        return Heads(
+            count=self.num_heads,
+            weights=weights,
+            biases=(None,) * 3 if bias is None else bias.chunk(3),
+            more_keys=more_keys,
+            zero_key=self.add_zero_attn,
+            out_weight=self._weight(self.out_proj.weight),
+            out_bias=self._bias(self.out_proj.bias),
+            dropout_p=self.dropout,
+            training=self.training,
+        )
 
-    def _mask(self, q: Tensor, keys: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-        """Both masks as one that is added to the scores `[B, heads or 1, Lq, Lk]`; True means "must not be seen"."""
-        batch, queries = q.shape[:2]
-        total = None
-        if attn_mask is not None:
-            allowed = ((queries, keys), (batch * self.num_heads, queries, keys))
-            if tuple(attn_mask.shape) not in allowed:
-                raise RuntimeError(
-                    f"attn_mask: expected shape {allowed[0]} or {allowed[1]}, got {tuple(attn_mask.shape)}"
-                )
-            total = _additive(attn_mask, q.dtype)
-            total = total.view(batch, -1, queries, keys) if total.dim() == 3 else total[None, None]
-        if key_padding_mask is not None:
-            padding = _additive(key_padding_mask, q.dtype).reshape(-1, 1, 1, keys)
-            total = padding if total is None else total + padding
-        return total
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype is torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)
-    return mask.to(dtype)
+    def _check_masks(
+        self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, batched: bool
+    ) -> None:
+        batch, queries, keys = *q.shape[:2], k.shape[1]
+        allowed: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+            "attn_mask": (attn_mask, [(queries, keys), (batch * self.num_heads, queries, keys)]),
+            "key_padding_mask": (key_padding_mask, [(batch, keys) if batched else (keys,)]),
+        }
+        for name, (mask, shapes) in allowed.items():
+            if mask is not None and tuple(mask.shape) not in shapes:
+                expected = " or ".join(str(shape) for shape in shapes)
+                raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(mask.shape)}")
