@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fuse_pass.testing.precision import allowed_error, error
+
 
 def assert_as_exact_as_eager(
     ours: Tensor, eager: Tensor, exact: Tensor, what: str = "value", *, through_a_model: bool = False
@@ -30,10 +32,6 @@ def assert_as_exact_as_eager(
         scale = exact.detach().abs().max().item()
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13 * scale, msg=lambda text: f"{what}: {text}")
         return
-    errors = [(value.detach().double() - exact.detach()) for value in (ours, eager)]
-    our_error, eager_error = (
-        error.square().mean().sqrt().item() if through_a_model else error.abs().max().item() for error in errors
-    )
-    ulp = torch.finfo(ours.dtype).eps * exact.detach().abs().max().item()
-    allowed = 2 * eager_error + 2 * ulp
+    our_error, eager_error = (error(value, exact, root_mean_square=through_a_model) for value in (ours, eager))
+    allowed = allowed_error(eager_error, exact, ours.dtype)
     assert our_error <= allowed, f"{what}: error {our_error:.3g}, eager's {eager_error:.3g}, allowed {allowed:.3g}"

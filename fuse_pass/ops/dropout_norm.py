@@ -242,7 +242,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
     has_sum = _has_sum(residual, seed, ctx.p)
     ctx.save_for_backward(z if has_sum else x, mean, rstd, weight, seed)
-    ctx.mark_non_differentiable(mean, rstd, *(() if has_sum else (z,)))
+    # The parameters of the norm give y a gradient, not the sum.
+    differentiable_sum = has_sum and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+    ctx.mark_non_differentiable(mean, rstd, *(() if differentiable_sum else (z,)))
     ctx.set_materialize_grads(False)
 
 
@@ -252,6 +254,8 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, *statistic
     none = (None,) * (len(ctx.needs_input_grad) - 4)
     if grad_y is None and grad_z is None:
         return (None,) * 4 + none
+    if grad_y is None:  # nobody has read y: as in eager, its parameters have no gradient, which is not one of zeros
+        need_weight = need_bias = False
     if torch.is_grad_enabled():
         grad, grad_weight, grad_bias = _differentiable_grads(ctx, grad_y, grad_z, z, weight)
         grad_x = _dropout(grad, seed, ctx.p, ctx.normalized_dims)
@@ -266,7 +270,9 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, *statistic
     return (
         tuple(
             grad.to(dtype) if needed else None
-            for grad, needed, dtype in zip(grads, ctx.needs_input_grad, ctx.dtypes, strict=False)
+            for grad, needed, dtype in zip(
+                grads, (need_x, need_residual, need_weight, need_bias), ctx.dtypes, strict=True
+            )
         )
         + none
     )

@@ -1,0 +1,39 @@
+"""A random program from a seed: patterns or near misses among distractors, in a random setting."""
+
+from __future__ import annotations
+
+from random import Random
+
+from fuse_pass.testing import plants
+from fuse_pass.testing.builder import Builder
+from fuse_pass.testing.distractors import distract
+from fuse_pass.testing.near_misses import NEAR_MISSES
+from fuse_pass.testing.program import Program, Settings
+from fuse_pass.testing.sources import ROWS
+
+_PLANTS = (plants.spelled, plants.spelled, plants.dense_act_dense, plants.dropout_norm, plants.block)
+
+
+def generate(seed: int, *, near_misses: bool = False) -> Program:
+    """The program of a seed; the same for ever, as long as the patterns have the same spellings."""
+    random = Random(seed)
+    widths = random.choice(((8,), (24,), (24, 24), (8, 24)))
+    b = Builder(random, [(*ROWS, width) for width in widths], distract)
+    b.distract(0.5)
+    for _ in range(random.choice((1, 1, 2))):
+        random.choice(NEAR_MISSES if near_misses else _PLANTS)(b)
+        b.distract(0.4)
+    if near_misses and random.random() < 0.3:
+        random.choice(_PLANTS)(b)
+    dynamic = random.random() < 0.15
+    batch = ROWS[0] if dynamic or random.random() < 0.9 else random.choice((0, 1))
+    settings = Settings(
+        seed=seed,
+        dtype=random.choices(("float32", "bfloat16", "float64"), (15, 3, 2))[0],
+        training=random.random() < 0.6,
+        grad=random.random() < 0.8,
+        dynamic=dynamic,
+        autocast=random.random() < 0.07,
+        special=random.random() < 0.07,
+    )
+    return b.program(settings, batch)

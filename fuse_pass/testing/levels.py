@@ -1,0 +1,60 @@
+"""The ways of compiling a model that are compared: with AOTAutograd or Inductor behind, with and without fuse_pass."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch.fx import GraphModule
+
+from fuse_pass.backend import FuseBackend
+from fuse_pass.inductor import compat
+from fuse_pass.report import Report, publish
+from fuse_pass.testing import masks
+
+LEVELS = ("aot", "inductor")
+
+Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def stock(level: str) -> Backend:
+    """`torch.compile` without fuse_pass."""
+    compiler = aot_eager if level == "aot" else compat.inductor_compiler(None, None)
+    return lambda gm, inputs: compiler(masks.use_in(gm), inputs)
+
+
+def fused(level: str) -> Backend:
+    """`torch.compile` with fuse_pass; a failing pass raises."""
+    backend = FuseBackend(strict=True)
+    if level == "inductor":
+        return backend
+
+    def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        rewritten, report = backend.rewrite(gm)
+        publish(report)
+        return aot_eager(masks.use_in(rewritten), inputs)  # type: ignore[no-any-return]
+
+    return compile_graph
+
+
+@contextlib.contextmanager
+def ready_to_compare() -> Iterator[None]:
+    """Dropouts that are not fused take our masks too, and nothing is kept in (or taken from) the user's caches."""
+    original = FuseBackend.rewrite
+
+    def rewrite(self: FuseBackend, gm: GraphModule, **options: Any) -> tuple[GraphModule, Report]:
+        rewritten, report = original(self, gm, **options)
+        return masks.use_in(rewritten), report
+
+    with (
+        mock.patch.object(FuseBackend, "rewrite", rewrite),
+        torch.compiler.config.patch(force_disable_caches=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*force disabled")
+        yield

@@ -1,0 +1,141 @@
+"""What a model does in two calls with different data, weights and masks: all that a user could notice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuse_pass.testing import masks
+
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Round:
+    """One call, forward and backward.
+
+    Attributes:
+        outputs: what was returned, detached.
+        grads: of inputs and parameters by name; None where there is none.
+        inputs: the arguments as the call left them.
+        buffers: of the model, by name.
+        aliases: which outputs share memory with which arguments or outputs.
+        draws: whether a mask was drawn.
+        moves_generator: whether the state of PyTorch's generator changed.
+    """
+
+    outputs: tuple[Tensor, ...]
+    grads: dict[str, Tensor | None]
+    inputs: tuple[Tensor, ...]
+    buffers: dict[str, Tensor]
+    aliases: frozenset[tuple[str, str]]
+    draws: bool
+    moves_generator: bool
+
+
+def build(namespace: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The model of a program, in train or eval mode; its weights are set by `observe`."""
+    model: nn.Module = namespace["Model"]().to(dtype)
+    return model.train(namespace["SETTINGS"]["training"])
+
+
+def observe(
+    namespace: dict[str, Any], model: nn.Module, call: Callable[..., Any], dtype: torch.dtype, seed: int
+) -> list[Round]:
+    """Calls `call` (the model, or what it was compiled to) once per round.
+
+    Args:
+        namespace: of the program's text.
+        model: holds the parameters and buffers.
+        call: takes the inputs.
+        dtype: of parameters and inputs, whose values are those of the program's own dtype.
+        seed: of weights, data and masks.
+    """
+    for name, buffer in model.named_buffers():
+        buffer.copy_(torch.ones_like(buffer) if name.endswith("var") else torch.zeros_like(buffer))
+    return [_round(namespace, model, call, dtype, seed, i) for i in range(ROUNDS)]
+
+
+def _round(
+    namespace: dict[str, Any], model: nn.Module, call: Callable[..., Any], dtype: torch.dtype, seed: int, i: int
+) -> Round:
+    settings = namespace["SETTINGS"]
+    stored = getattr(torch, settings["dtype"])
+    generator = torch.Generator().manual_seed(1000 * seed + i)
+    _fill(model, stored, generator)
+    leaves = list(_leaves(namespace, stored, dtype, generator, i))
+    # Copies, so that a model may write into its inputs.
+    inputs = [leaf.clone() for leaf in leaves]
+    if settings["dynamic"]:
+        for tensor in inputs:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    model.zero_grad()
+    state = torch.get_rng_state()
+    with masks.drawn_from(7919 * seed + i) as draws:
+        with torch.enable_grad() if settings["grad"] else torch.no_grad(), _autocast(settings, dtype):
+            result = call(*inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        roots = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad and y.is_floating_point()]
+        if settings["grad"] and roots:
+            torch.autograd.backward(roots, [_uneven(y) for y in roots])
+    return Round(
+        outputs=tuple(y.detach() for y in outputs),
+        grads={
+            **{f"input {j}": leaf.grad for j, leaf in enumerate(leaves)},
+            **{f"parameter {name}": parameter.grad for name, parameter in model.named_parameters()},
+            **{f"requires_grad of output {j}": y.detach() if y.requires_grad else None for j, y in enumerate(outputs)},
+        },
+        inputs=tuple(x.detach() for x in inputs),
+        buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
+        aliases=frozenset(_aliases(inputs, outputs)),
+        draws=draws.any,
+        moves_generator=not torch.equal(state, torch.get_rng_state()),
+    )
+
+
+def _autocast(settings: dict[str, Any], dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """The float64 reference has no autocast: it is what both dtypes approximate."""
+    if settings["autocast"] and dtype is getattr(torch, settings["dtype"]):
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _fill(model: nn.Module, stored: torch.dtype, generator: torch.Generator) -> None:
+    """Weights of the size of usual ones, every scale near 1 and every bias different from 0."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            values = values / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.7 + 0.4 * values
+            parameter.copy_(values.to(stored))
+
+
+def _leaves(
+    namespace: dict[str, Any], stored: torch.dtype, dtype: torch.dtype, generator: torch.Generator, i: int
+) -> Iterator[Tensor]:
+    settings = namespace["SETTINGS"]
+    for j, (shape, requires_grad) in enumerate(namespace["INPUTS"]):
+        batch = shape[0] + i if settings["dynamic"] else shape[0]
+        value = torch.randn((batch, *shape[1:]), generator=generator, dtype=torch.float64)
+        if settings["special"] and j == 0 and value.numel():
+            value[0, ..., 0, 0], value[-1, ..., -1, 1] = torch.nan, torch.inf
+        yield value.to(stored).to(dtype).requires_grad_(requires_grad and settings["grad"])
+
+
+def _uneven(like: Tensor) -> Tensor:
+    values = torch.linspace(-1.0, 2.0, like.numel(), dtype=torch.float64)
+    return values.view(like.shape).to(like.dtype)
+
+
+def _aliases(inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> Iterator[tuple[str, str]]:
+    owners: dict[int, str] = {}
+    named = [(f"input {i}", x) for i, x in enumerate(inputs)] + [(f"output {i}", y) for i, y in enumerate(outputs)]
+    for name, tensor in named:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer and pointer in owners and not (name.startswith("input")):
+            yield owners[pointer], name
+        owners.setdefault(pointer, name)
