@@ -164,17 +164,21 @@ def _in_any_round(name: str) -> str:
 
 def _values(ours: Runs, eager: Runs, exact: Runs) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Name, ours, eager's and the exact value of everything that both have."""
-    for i, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
-        for kind, x, y, z in (
-            ("output", dict(enumerate(a.outputs)), dict(enumerate(b.outputs)), dict(enumerate(c.outputs))),
-            ("input after the call", *(dict(enumerate(run.inputs)) for run in (a, b, c))),
-            ("gradient of", a.grads, b.grads, c.grads),
-            ("buffer", a.buffers, b.buffers, c.buffers),
-        ):
-            for name in y:
-                value, eager_value, truth = x.get(name), y[name], z.get(name)
-                if value is not None and eager_value is not None and truth is not None:
-                    yield f"round {i}: {kind} {name}", value, eager_value, truth
+    for i, runs in enumerate(zip(ours, eager, exact, strict=True)):
+        mine, its, true = (_tensors(run) for run in runs)
+        for name, eager_value in its.items():
+            value, truth = mine.get(name), true.get(name)
+            if value is not None and eager_value is not None and truth is not None:
+                yield f"round {i}: {name}", value, eager_value, truth
+
+
+def _tensors(run: Round) -> dict[str, Tensor | None]:
+    return {
+        **{f"output {i}": value for i, value in enumerate(run.outputs)},
+        **{f"input {i} after the call": value for i, value in enumerate(run.inputs)},
+        **{f"gradient of {name}": value for name, value in run.grads.items()},
+        **{f"buffer {name}": value for name, value in run.buffers.items()},
+    }
 
 
 def _differences(ours: Runs, eager: Runs, exact: Runs, noise: dict[str, float] | None = None) -> Iterator[Difference]:
@@ -237,7 +241,9 @@ def _numbers(name: str, ours: Tensor, eager: Tensor, exact: Tensor, noise: float
         allowed = allowed_error(max(error(reference, truth), noise * largest), truth, dtype)
     mine = error(value, truth)
     if mine > allowed:
-        yield Difference(name, "value", f"error {mine:.3g}, eager's {error(reference, truth):.3g}, allowed {allowed:.3g}")
+        yield Difference(
+            name, "value", f"error {mine:.3g}, eager's {error(reference, truth):.3g}, allowed {allowed:.3g}"
+        )
 
 
 def _kinds(tensor: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ def dropout(b: Builder) -> None:
 def branch(b: Builder) -> None:
     v = b.pick()
     w = b.pick(v.width)
-    condition = b.one_of("self.training", f"{v.name}.dim() == 3", f"{v.name}.requires_grad", f"{v.name}.is_contiguous()")
+    condition = b.one_of(
+        "self.training", f"{v.name}.dim() == 3", f"{v.name}.requires_grad", f"{v.name}.is_contiguous()"
+    )
     b.emit(f"{v.name} + 1 if {condition} else {w.name} * 2", v.shape, like=v)
 
 

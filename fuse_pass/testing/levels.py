@@ -24,7 +24,7 @@ Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 def stock(level: str) -> Backend:
     """`torch.compile` without fuse_pass."""
-    compiler = aot_eager if level == "aot" else compat.inductor_compiler(None, None)
+    compiler: Any = aot_eager if level == "aot" else compat.inductor_compiler(None, None)
     return lambda gm, inputs: compiler(masks.use_in(gm), inputs)
 
 
@@ -37,7 +37,7 @@ def fused(level: str) -> Backend:
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         rewritten, report = backend.rewrite(gm)
         publish(report)
-        return aot_eager(masks.use_in(rewritten), inputs)  # type: ignore[no-any-return]
+        return aot_eager(masks.use_in(rewritten), list(inputs))
 
     return compile_graph
 
@@ -53,7 +53,7 @@ def ready_to_compare() -> Iterator[None]:
 
     with (
         mock.patch.object(FuseBackend, "rewrite", rewrite),
-        torch.compiler.config.patch(force_disable_caches=True),
+        mock.patch.object(torch.compiler.config, "force_disable_caches", True),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", ".*force disabled")

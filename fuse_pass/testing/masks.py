@@ -53,7 +53,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 # Tagged like every op that draws: not to be folded into a constant, not to be run again in backward.
 # Activation checkpointing looks for the device among the keyword arguments.
-_LIBRARY.define("seed(*, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag))
+_LIBRARY.define(
+    "seed(*, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
+)
 _LIBRARY.impl("seed", _seed, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "fuse_pass_testing::seed", lambda *, device: torch.empty((), dtype=torch.int64, device=device), lib=_LIBRARY

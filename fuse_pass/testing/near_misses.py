@@ -45,7 +45,9 @@ def interior_read_again(b: Builder) -> None:
     a = plants.activation(b, h, plants.EXACT_GELUS + plants.OTHER_ACTIVATIONS)
     y = plants.linear(b, a, 16)
     seen = b.random.choice((h, a))
-    how = b.one_of(f"{seen.name} * 2", f"torch.tanh({seen.name})", f"{seen.name}.mul_(0.5)", f"{seen.name}.view(-1, 24)")
+    how = b.one_of(
+        f"{seen.name} * 2", f"torch.tanh({seen.name})", f"{seen.name}.mul_(0.5)", f"{seen.name}.view(-1, 24)"
+    )
     other = b.emit(f"({how}).sum()", ())
     b.values.remove(other)
     b.emit(f"{y.name} + {other.name}", y.shape, like=y)
