@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow lint bench readme clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m fuse_pass demo
@@ -22,6 +22,10 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/demo
 	$(BIN)/python -m fuse_pass bench
+
+# README.md shows the committed run: after `python -m fuse_pass bench all --json benchmarks.json`.
+readme: $(VENV)/demo
+	$(BIN)/python -m fuse_pass bench --from benchmarks.json --readme README.md
 
 $(VENV)/python: constraints.txt
 	$(PYTHON) -m venv $(VENV)

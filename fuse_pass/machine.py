@@ -7,6 +7,8 @@ import functools
 import platform
 from pathlib import Path
 
+import torch
+
 
 @functools.cache
 def cpu_name() -> str:
@@ -16,3 +18,8 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The widest vector instructions that PyTorch uses here, e.g. `AVX512`."""
+    return torch.backends.cpu.get_cpu_capability()

@@ -3,149 +3,185 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import statistics
+import fnmatch
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from tabulate import tabulate
-from torch import nn
+from tabulate import tabulate_formats
 
-from fuse_pass.backend import fuse_backend
-from fuse_pass.commands import timing
-from fuse_pass.commands.bench_models import Block, DropoutAddNorm, mlp, step
-from fuse_pass.commands.bench_numbers import COSTS, Cost
+from fuse_pass.commands import bench_numbers, bench_pass, bench_results, bench_tables, plot, roofline, timing
+from fuse_pass.commands.bench_contenders import contenders, warm_up
+from fuse_pass.commands.bench_numbers import Cost
+from fuse_pass.commands.bench_results import EAGER, OURS, STOCK, Result, Run
+from fuse_pass.commands.bench_rows import ROWS, Row, rows_of
 from fuse_pass.commands.errors import CommandError
 
 NAME, HELP = "bench", "time fuse_pass against torch.compile and eager PyTorch"
 
-_OURS, _STOCK, _EAGER, _BASELINE = "fuse_pass", "torch.compile", "eager", "baseline"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the benchmark.
-
-    Attributes:
-        name: what is measured.
-        build: the module.
-        shapes: shapes of its inputs.
-        train: forward and backward, or forward alone under `no_grad`.
-        dtype: of parameters and inputs.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]
-    train: bool
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def title(self) -> str:
-        sizes = " + ".join("×".join(map(str, shape)) for shape in self.shapes)
-        return f"{self.name} [{sizes}] {str(self.dtype).removeprefix('torch.')} {'train' if self.train else 'infer'}"
-
-
-ROWS = (
-    Row("dropout+residual+LayerNorm", lambda: DropoutAddNorm(768, 0.1), ((2048, 768),) * 2, True),
-    Row("dropout+residual+LayerNorm", lambda: DropoutAddNorm(768, 0.1), ((2048, 768),) * 2, True, torch.bfloat16),
-    Row("residual+LayerNorm", lambda: DropoutAddNorm(768, 0.1), ((2048, 768),) * 2, False),
-    Row("Linear-GELU-dropout-Linear", lambda: mlp(768, 3072, 0.1), ((256, 768),), True),
-    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), True),
-    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), False),
-    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), True, torch.bfloat16),
-    Row("Linear-GELU-Linear", lambda: mlp(768, 3072, 0.0), ((256, 768),), False, torch.bfloat16),
-    Row("transformer block", lambda: Block(384, 12, 0.1), ((4, 128, 384),), True),
-    Row("transformer block", lambda: Block(384, 12, 0.1), ((4, 128, 384),), False),
-)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ops": ("dropout_norm/*", "dense_act_dense/*"),
+    "transformers": ("bert/*", "gpt2/*", "vit/*"),
+    "models": ("models/*",),
+    "tiny": ("tiny/*",),
+    "numbers": ("numbers/*",),
+    "pass": ("pass/*",),
+    "all": ("*",),
+}
+COSTS = (*bench_numbers.COSTS, *bench_pass.COSTS)
+_DEFAULT = ("ops", "bert/*", "tiny", "numbers")
+_COPIED_BYTES = 1 << 28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="WORDS", help="rows whose title contains these words")
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help=f"rows by name, by glob ('*/train') or by group: {', '.join(GROUPS)}; without any: {' '.join(_DEFAULT)}, "
+        "about 10 minutes (all: about 40)",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the rows that would be measured")
+    parser.add_argument(
+        "--model",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="a model of your own: a function returning (model, args) or (model, args, kwargs)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, each on a core of its own (default 1)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time to measure each row (default 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time to measure each row, or 9 rounds (default 4)")
     parser.add_argument("--format", default="simple", help="a table format of tabulate, e.g. github")
-    parser.add_argument("--json", metavar="FILE", help="write all samples to a file")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", type=Path, help="draw the ratios to torch.compile (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--from", metavar="FILE", type=Path, dest="source", help="measure nothing; show what --json wrote"
+    )
+    parser.add_argument("--readme", metavar="FILE", type=Path, help="put the tables between the markers of a README")
 
 
 def run(options: argparse.Namespace) -> None:
-    rows = [row for row in ROWS if options.only is None or options.only in row.title]
-    costs = [cost for cost in COSTS if cost.is_available and (options.only is None or options.only in cost.title)]
-    if not rows and not costs:
-        raise CommandError(f"no row has {options.only!r} in its title; the titles are:\n" + _titles())
+    _check(options)
+    if options.source is not None:
+        _show(bench_results.read(options.source), options)
+        return
+    rows, costs = _selected(options)
+    if options.list:
+        print("\n".join([row.name for row in rows] + [cost.name for cost in costs]))
+        return
+    with timing.threads(options.threads):
+        _show(_measured(rows, costs, options), options)
+
+
+def _check(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if options.threads < 1:
         raise CommandError(f"--threads: expected 1 or more, got {options.threads}")
-    device = options.device
-    measured = {row.title: _measure(row.title, partial(_contenders, row, device), options) for row in rows}
-    cost_samples = {cost.title: _measure(cost.title, partial(_against, cost, device), options) for cost in costs}
-    machine = timing.machine(options.device, options.threads)
-    if measured:
-        print(_table(measured, options.format) + "\n")
-    if costs:
-        print(_cost_table(costs, cost_samples, options.format) + "\n")
-    print(f"Median milliseconds; ratios are medians over rounds. Measured on {machine}.")
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": machine, "seconds": measured | cost_samples}, indent=1))
+    if options.format not in tabulate_formats:
+        raise CommandError(f"--format: expected one of {', '.join(tabulate_formats)}; got {options.format!r}")
+    for name, file in (("--json", options.json), ("--plot", options.plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise CommandError(f"{name}: expected a file in a folder that exists, got {file}; create the folder first")
+    if options.plot is not None:
+        plot.require(options.plot)
 
 
-def _measure(
-    title: str, build: Callable[[], dict[str, Callable[[], object]]], options: argparse.Namespace
-) -> dict[str, list[float]]:
-    print(f"{title}: compiling …", file=sys.stderr, flush=True)
-    with timing.threads(options.threads):
+def _selected(options: argparse.Namespace) -> tuple[list[Row], list[Cost]]:
+    own = list(rows_of(options.model)) if options.model else []
+    wanted = options.rows or ([] if own else _DEFAULT)
+    globs = [glob for word in wanted for glob in GROUPS.get(word, (word,))]
+    names = [row.name for row in ROWS] + [cost.name for cost in COSTS]
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            raise CommandError(
+                f"expected a row, a glob or one of the groups {', '.join(GROUPS)}; got {glob!r}, which no row matches; "
+                "bench --list all shows every row"
+            )
+
+    def is_wanted(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+    costs = [cost for cost in COSTS if is_wanted(cost.name)]
+    for cost in costs:
+        if not cost.is_available:
+            _say(f"{cost.name} is left out: it needs {cost.needs} (pip install {cost.needs})\n")
+    return own + [row for row in ROWS if is_wanted(row.name)], [cost for cost in costs if cost.is_available]
+
+
+def _measured(rows: list[Row], costs: list[Cost], options: argparse.Namespace) -> Run:
+    _say("warming up: the first compilation in a process takes longer …\n")
+    warm_up(options.device)
+    with timing.pinned(options.threads):
+        rates = roofline.product_rates((row.product_dtype for row in rows), options.device)
+        copy_rate = roofline.copy_rate(_COPIED_BYTES, options.device)
+    names = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}
+    result = Run(timing.machine(options.device, options.threads), names, copy_rate, [])
+    measure: list[tuple[str, Callable[[], Result]]] = [
+        *((row.name, lambda row=row: _compared(row, rates[row.product_dtype], options)) for row in rows),
+        *((cost.name, lambda cost=cost: _priced(cost, options)) for cost in costs),
+    ]
+    for number, (name, one) in enumerate(measure, 1):
+        _say(f"[{number}/{len(measure)}] {name}: ")
         torch._dynamo.reset()
         torch.manual_seed(0)
-        contenders = build()
-        with timing.pinned(options.threads):
-            return timing.alternate(contenders, options.seconds)
+        result.results.append(one())
+        if options.json is not None:  # after every row, so that an interrupted run leaves what it has
+            bench_results.write(result, options.json)
+    return result
 
 
-def _titles() -> str:
-    return "\n".join(f"  {row.title}" for row in (*ROWS, *COSTS))
+def _compared(row: Row, rate: float, options: argparse.Namespace) -> Result:
+    found = contenders(row, options.device, lambda word: _say(f"{word}, "))
+    eager = found.steps[EAGER]
+    with timing.pinned(options.threads):
+        limit = roofline.limit(eager, rate, options.device)
+        samples = timing.alternate(found.steps, options.seconds)
+    result = Result(
+        row.name,
+        row.train,
+        **bench_results.timed(samples),
+        limit_seconds=limit.seconds if limit.seconds >= roofline.MIN_SECONDS else None,
+        limited_by=limit.by if limit.seconds >= roofline.MIN_SECONDS else None,
+        saved_bytes={name: step.saved_bytes() for name, step in found.steps.items()} if row.train else {},
+        first_call_seconds=found.first_call_seconds,
+        fused=dict(found.report.counts()),
+        declined=len(found.report.declines),
+    )
+    _say(f"{result.time_by_ours[STOCK]:.2f}× torch.compile\n")
+    return result
 
 
-def _contenders(row: Row, device: str) -> dict[str, Callable[[], object]]:
-    module = row.build().to(device, row.dtype).train(row.train)
-    inputs = [torch.randn(shape, device=device, dtype=row.dtype, requires_grad=row.train) for shape in row.shapes]
-    compiled: dict[str, Callable[..., Any]] = {
-        _EAGER: copy.deepcopy(module),
-        _STOCK: torch.compile(copy.deepcopy(module)),
-        _OURS: torch.compile(copy.deepcopy(module), backend=fuse_backend),
-    }
-    return {name: step(model, inputs, train=row.train) for name, model in compiled.items()}
+def _priced(cost: Cost, options: argparse.Namespace) -> Result:
+    ours, baseline = cost.build(options.device)
+    calls: Mapping[str, Callable[[], object]] = {OURS: ours, cost.baseline: baseline}
+    for call in calls.values():
+        call()
+    with timing.pinned(options.threads):
+        samples = timing.alternate(calls, options.seconds, cost.rounds)
+    result = Result(cost.name, train=False, **bench_results.timed(samples))
+    _say(f"takes {1 / result.time_by_ours[cost.baseline]:.2f}× {cost.baseline}\n")
+    return result
 
 
-def _table(measured: dict[str, dict[str, list[float]]], table_format: str) -> str:
-    rows = []
-    for title, samples in measured.items():
-        medians = [f"{statistics.median(samples[name]) * 1e3:.2f}" for name in (_EAGER, _STOCK, _OURS)]
-        ratios = [f"{timing.ratio(samples, name, _OURS):.2f}×" for name in (_EAGER, _STOCK)]
-        rows.append([title, *medians, *ratios])
-    headers = ["row", _EAGER, _STOCK, _OURS, "faster than eager", "faster than torch.compile"]
-    return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", *("right",) * 5))
+def _show(result: Run, options: argparse.Namespace) -> None:
+    for row in result.results:
+        if options.model is not None and row.name.startswith(options.model):
+            print(_what_was_fused(row))
+    print(bench_tables.tables(result, options.format))
+    if options.plot is not None:
+        plot.draw(result, options.plot)
+    if options.readme is not None:
+        bench_tables.rewrite(options.readme, result)
 
 
-def _against(cost: Cost, device: str) -> dict[str, Callable[[], object]]:
-    ours, baseline = cost.build(device)
-    return {_OURS: ours, _BASELINE: baseline}
+def _what_was_fused(result: Result) -> str:
+    fused = ", ".join(f"{count} × {name}" for name, count in sorted(result.fused.items())) or "nothing"
+    advice = "; `explain` says why" if result.declined else ""
+    return f"{result.name}: fused {fused}; declined {result.declined}{advice}\n"
 
 
-def _cost_table(costs: list[Cost], measured: dict[str, dict[str, list[float]]], table_format: str) -> str:
-    rows = []
-    for cost in costs:
-        samples = measured[cost.title]
-        medians = [f"{statistics.median(samples[name]) * 1e3:.2f}" for name in (_OURS, _BASELINE)]
-        rows.append(
-            [cost.title, medians[0], cost.baseline, medians[1], f"{timing.ratio(samples, _OURS, _BASELINE):.2f}×"]
-        )
-    headers = ["number formats", _OURS, "against", "baseline", "takes"]
-    return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", "right", "left", "right", "right"))
+def _say(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
-"""The small modules that `bench` measures, and one step of them."""
+"""The modules that `bench` builds itself: the operations alone, and transformers of published width without heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,43 +20,36 @@ class DropoutAddNorm(nn.Module):
         return self.norm(residual + self.dropout(x))  # type: ignore[no-any-return]
 
 
-def mlp(dim: int, hidden: int, p: float) -> nn.Module:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(p), nn.Linear(hidden, dim))
+def mlp(dim: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-class Block(nn.Module):
-    """A post-norm transformer block, as in BERT."""
+class BertEncoder(nn.Module):
+    """The embeddings and layers of the reference BERT, without the heads that are used in pre-training only."""
 
-    def __init__(self, dim: int, heads: int, p: float) -> None:
+    def __init__(self, bert: Any) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
-        self.attention_norm = DropoutAddNorm(dim, p)
-        self.mlp = mlp(dim, 4 * dim, 0.0)
-        self.mlp_norm = DropoutAddNorm(dim, p)
+        self.embeddings, self.layers = bert.embeddings, bert.layers
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        x = self.attention_norm(self.project(attended), x)
-        return self.mlp_norm(self.mlp(x), x)  # type: ignore[no-any-return]
+    def forward(self, tokens: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
+        """tokens, segments and mask `[batch, time]` → `[batch, time, dim]`."""
+        x = self.embeddings(tokens, segments)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None, :])
+        return x  # type: ignore[no-any-return]
 
 
-def step(model: Any, inputs: list[Tensor], *, train: bool) -> Callable[[], object]:
-    """Forward and backward, or forward alone; called once, so that it is compiled."""
+class GPT2Decoder(nn.Module):
+    """The embeddings, blocks and last norm of the reference GPT-2, without the scores of the vocabulary."""
 
-    def infer() -> object:
-        with torch.no_grad():
-            return model(*inputs)
+    def __init__(self, gpt2: Any) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.dropout = gpt2.tokens, gpt2.positions, gpt2.dropout
+        self.blocks, self.norm = gpt2.blocks, gpt2.norm
 
-    def train_step() -> None:
-        for tensor in (*inputs, *model.parameters()):
-            tensor.grad = None
-        y = model(*inputs)
-        y.backward(torch.ones_like(y))
-
-    run = train_step if train else infer
-    run()
-    return run
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens `[batch, time]` → `[batch, time, dim]`."""
+        x = self.dropout(self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device)))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)  # type: ignore[no-any-return]

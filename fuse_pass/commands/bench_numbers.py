@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.commands.bench_models import Block, step
+from fuse_pass.commands import timing
+from fuse_pass.commands.bench_contenders import Step, own_function, placed
+from fuse_pass.commands.bench_rows import Row, bert
+from fuse_pass.commands.named_models import Example
 from fuse_pass.quantize import fake_quantize
 
 # Not a power of two: with 4 × 2^20 elements input and output may lie 4 KiB apart, which costs some kernels half their
@@ -24,16 +25,18 @@ class Cost:
     """One line: what is measured, and what it is measured against.
 
     Attributes:
-        title: what is measured.
+        name: what is measured.
         baseline: what it is compared with.
         build: the two calls, ours and the baseline.
         needs: a package without which there is no baseline.
+        rounds: the fewest to measure.
     """
 
-    title: str
+    name: str
     baseline: str
     build: Callable[[str], tuple[Callable[[], object], Callable[[], object]]]
     needs: str | None = None
+    rounds: int = timing.MIN_ROUNDS
 
     @property
     def is_available(self) -> bool:
@@ -47,7 +50,7 @@ def _alone(fmt: str, rounding: str = "nearest") -> Cost:
         copied = torch.compile(lambda x: x * 2)
         return lambda: ours(x), lambda: copied(x)
 
-    return Cost(f"fake_quantize {fmt} {rounding}, {_ELEMENTS / 1e6:.1f} M float32", "x * 2", build)
+    return Cost(f"numbers/fake_quantize/{fmt}/{rounding}", "x * 2", build)
 
 
 def _against_pychop() -> Cost:
@@ -59,18 +62,24 @@ def _against_pychop() -> Cost:
         theirs = Chop(exp_bits=5, sig_bits=2, rmode=1)
         return lambda: ours(x), lambda: theirs(x)
 
-    return Cost("fake_quantize fp8_e5m2 nearest", "pychop", build, needs="pychop")
+    return Cost("numbers/fake_quantize/fp8_e5m2/pychop", "pychop", build, needs="pychop")
 
 
 def _training(fmt: str) -> Cost:
-    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        model = nn.Sequential(*(Block(384, 12, 0.0) for _ in range(4))).to(device)
-        inputs: list[Tensor] = [torch.randn(4, 128, 384, device=device, requires_grad=True)]
-        quantised = torch.compile(copy.deepcopy(model), backend=FuseBackend(quantize=fmt))
-        plain = torch.compile(model, backend=FuseBackend())
-        return step(quantised, inputs, train=True), step(plain, inputs, train=True)
+    """A training step of four BERT layers with weights and activations in a format, against the same in float32."""
 
-    return Cost(f"training step in {fmt}, 4 transformer blocks [4×128×384]", "the same in float32", build)
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        quantised, plain = (_training_step(FuseBackend(quantize=spec), device) for spec in (fmt, None))
+        return quantised, plain
+
+    return Cost(f"numbers/training/bert/{fmt}", "float32", build)
+
+
+def _training_step(backend: FuseBackend, device: str) -> Step:
+    built = bert()
+    example = Example(built.model.to(device), placed(built.args, device))
+    row = Row("bert", bert, train=True)
+    return Step(torch.compile(own_function(example.model), backend=backend), example, row)
 
 
 COSTS = (

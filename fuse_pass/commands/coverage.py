@@ -6,7 +6,7 @@ import argparse
 
 from tabulate import tabulate
 
-from fuse_pass.commands.targets import TARGETS, reports
+from fuse_pass.commands.named_models import TARGETS, reports
 from fuse_pass.patterns import PATTERNS
 
 NAME, HELP = "coverage", "what fuse_pass would fuse in models, without building kernels"

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"\nWhat fuse_pass did\n\n{report}\n")
     print(f"Nearest neighbours among {len(SENTENCES)} sentences\n\n{_neighbour_table(embeddings[_OURS])}\n")
     print(_comparison(embeddings, first_call, samples))
-    print(f"\nMedians over alternating calls. Measured on {timing.machine('cpu', options.threads)}.")
+    print(f"\nMedians over alternating calls. Measured on {timing.described(timing.machine('cpu', options.threads))}.")
 
 
 def _load() -> tuple[torch.nn.Module, dict[str, Tensor]]:

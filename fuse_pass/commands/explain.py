@@ -7,7 +7,7 @@ from collections import Counter
 
 from tabulate import tabulate
 
-from fuse_pass.commands.targets import TARGETS, reports
+from fuse_pass.commands.named_models import TARGETS, reports
 from fuse_pass.report import ADVICE, Reason
 
 NAME, HELP = "explain", "the candidates that fuse_pass would leave alone, with reasons and advice"

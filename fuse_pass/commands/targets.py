@@ -1,61 +1,118 @@
-"""The models that a command is about: reference models by name, or any function of the user's."""
+"""What is aimed at, row by row, as data; and whether a run reached it."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from typing import Any
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from fuse_pass.analysis import coverage
-from fuse_pass.commands.errors import CommandError
-from fuse_pass.report import Report
-
-TARGETS = "reference models by name, or package.module:function returning (model, inputs); all reference models if none"
-_MODES = ("train", "eval")
+from fuse_pass.commands.bench_results import COMPILED_ALTERNATIVES, EAGER, OURS, STOCK, Result
 
 
-def reports(names: list[str]) -> Iterator[tuple[str, str, Report]]:
-    """Name, mode and coverage of every model in training and in evaluation."""
-    for name in names or _reference_models().NAMES:
-        model, inputs = _model_and_inputs(name)
-        for mode in _MODES:
-            model.train(mode == "train")
-            with torch.set_grad_enabled(mode == "train"):
-                yield name, mode, coverage(model, *inputs)
+def _least_time(result: Result, *names: str) -> float | None:
+    return min((result.time_by_ours[name] for name in names if name in result.time_by_ours), default=None)
 
 
-def _model_and_inputs(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    if ":" not in name:
-        try:
-            reference = _reference_models().load(name)
-        except ValueError as error:
-            raise CommandError(f"{error}; for a model of your own write package.module:function") from error
-        return reference.build(), reference.example_inputs()
-    module_name, function_name = name.split(":", 1)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise CommandError(f"cannot load {name!r}: {error}") from error
-    result = function()
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
-        raise CommandError(f"{name}: expected a tuple (nn.Module, inputs), got {type(result).__name__}")
-    model, inputs = result
-    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+def _part(values: Mapping[str, float], other: str) -> float | None:
+    return values[OURS] / values[other] if OURS in values and values.get(other) else None
 
 
-def _reference_models() -> Any:
-    try:
-        models = importlib.import_module("models")
-        return models if hasattr(models, "NAMES") else _no_reference_models()
-    except ModuleNotFoundError:
-        return _no_reference_models()
+VS_STOCK, VS_EAGER, VS_BEST, VS_COMPILED = "× torch.compile", "× eager", "× best alternative", "× best torch.compile"
+LIMIT, SAVED = "share of the limit", "saved for backward / eager's"
+FIRST_CALL, TAKES, SECONDS = "first call / torch.compile's", "time / baseline's", "seconds"
+
+# How a figure is read off a row; None where the row has no such figure.
+FIGURES: dict[str, Callable[[Result], float | None]] = {
+    VS_STOCK: lambda result: result.time_by_ours.get(STOCK),
+    VS_EAGER: lambda result: result.time_by_ours.get(EAGER),
+    VS_BEST: lambda result: _least_time(result, EAGER, *COMPILED_ALTERNATIVES),
+    VS_COMPILED: lambda result: _least_time(result, *COMPILED_ALTERNATIVES),
+    LIMIT: lambda result: result.share_of_limit,
+    SAVED: lambda result: _part(result.saved_bytes, EAGER),
+    FIRST_CALL: lambda result: _part(result.first_call_seconds, STOCK),
+    TAKES: lambda result: 1 / result.time_by_ours[result.baseline] if result.is_cost else None,
+    SECONDS: lambda result: result.seconds[OURS].median,
+}
 
 
-def _no_reference_models() -> Any:
-    raise CommandError(
-        "the reference models are in the source tree of fuse_pass: run this in a checkout, "
-        "or name a model of your own as package.module:function"
-    )
+@dataclass(frozen=True)
+class Target:
+    """One bound on one figure of some rows.
+
+    Attributes:
+        rows: a glob of row names.
+        figure: a key of `FIGURES`.
+        bound: the value to reach.
+        at_least: whether more is better.
+    """
+
+    rows: str
+    figure: str
+    bound: float
+    at_least: bool = True
+
+    @property
+    def text(self) -> str:
+        return f"{self.figure} {'≥' if self.at_least else '≤'} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target and a row that it is about."""
+
+    target: Target
+    result: Result
+    value: float
+
+    @property
+    def is_reached(self) -> bool:
+        return self.value >= self.target.bound if self.target.at_least else self.value <= self.target.bound
+
+    @property
+    def possible(self) -> float | None:
+        """The largest speed-up that the limit of the row leaves; None where the target is no speed-up."""
+        result = self.result
+        if self.target.figure not in (VS_STOCK, VS_EAGER, VS_BEST, VS_COMPILED) or result.share_of_limit is None:
+            return None
+        return self.value / result.share_of_limit
+
+
+def _at_least(rows: str, bounds: Mapping[str, float]) -> Iterator[Target]:
+    return (Target(rows, figure, bound) for figure, bound in bounds.items())
+
+
+TARGETS: tuple[Target, ...] = (
+    *_at_least("dropout_norm/8192x768/*/train", {VS_STOCK: 10, VS_EAGER: 4}),
+    *_at_least("dense_act_dense/*/fp32/infer", {VS_BEST: 2.1, LIMIT: 0.9}),
+    *_at_least("dense_act_dense/*/fp32/train", {VS_BEST: 2}),
+    *_at_least("dense_act_dense/*/bf16/infer", {VS_BEST: 1.1, LIMIT: 0.92}),
+    *_at_least("dense_act_dense/*/bf16/train", {VS_BEST: 1.05, LIMIT: 0.92}),
+    Target("dense_act_dense/*/train", SAVED, 0.6, at_least=False),
+    *_at_least("bert/fp32/infer", {VS_BEST: 2}),
+    *_at_least("bert/fp32/train", {VS_BEST: 1.6}),
+    *_at_least("bert/bf16-autocast/train", {VS_BEST: 1.2}),
+    *_at_least("gpt2/fp32/*", {VS_BEST: 1.5}),
+    *_at_least("gpt2/bf16-autocast/train", {VS_BEST: 1.1}),
+    *_at_least("vit/fp32/*", {VS_BEST: 1.5}),
+    *_at_least("vit/bf16-autocast/train", {VS_BEST: 1.1}),
+    *_at_least("models/*", {VS_COMPILED: 0.97}),
+    *_at_least("tiny/*", {VS_COMPILED: 0.97}),
+    Target("*", FIRST_CALL, 1.1, at_least=False),
+    Target("numbers/fake_quantize/fp8_*/nearest", TAKES, 1.5, at_least=False),
+    Target("numbers/fake_quantize/bf16/nearest", TAKES, 1.5, at_least=False),
+    Target("numbers/training/*", TAKES, 1.3, at_least=False),
+    Target("pass/*", SECONDS, 5, at_least=False),
+    Target("pass/*", TAKES, 1.2, at_least=False),
+)
+
+
+def outcomes(results: list[Result]) -> Iterator[list[Outcome]]:
+    """For every target the measured rows that it is about, furthest from it first; targets without any are left out."""
+    for target in TARGETS:
+        found = [
+            Outcome(target, result, value)
+            for result in results
+            if fnmatch.fnmatchcase(result.name, target.rows) and (value := FIGURES[target.figure](result)) is not None
+        ]
+        if found:
+            yield sorted(found, key=lambda outcome: outcome.value, reverse=not target.at_least)

@@ -13,26 +13,38 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 
 import torch
 
-from fuse_pass.machine import cpu_name
+from fuse_pass.machine import cpu_name, instruction_set
 
-_MIN_ROUNDS = 7
+MIN_ROUNDS = 9
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def alternate(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call of every contender, in turn for about `seconds` altogether, after two warm-ups each."""
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], budget: float, rounds: int = MIN_ROUNDS
+) -> dict[str, list[float]]:
+    """Times every contender in turn, after two warm-ups each.
+
+    Args:
+        contenders: calls by name.
+        budget: seconds to spend altogether.
+        rounds: the fewest, however long they take.
+
+    Returns:
+        Seconds of every call.
+    """
     _keep_freed_memory()
     for run in contenders.values():
         run()
         run()
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < _MIN_ROUNDS:
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < rounds:
         for name, run in contenders.items():
-            samples[name].append(_seconds(run))
+            samples[name].append(seconds(run))
     return samples
 
 
@@ -49,7 +61,8 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call; the device is idle before and after."""
     _wait_for_device()
     start = time.perf_counter()
     run()
@@ -87,8 +100,24 @@ def pinned(cores: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def machine(device: str, thread_count: int) -> str:
-    """What figures were measured on, in a line."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    part = "" if device == "cuda" else f", {thread_count} thread{'' if thread_count == 1 else 's'}"
-    return f"{name}{part}, torch {torch.__version__}, Python {platform.python_version()}"
+def machine(device: str, thread_count: int) -> dict[str, str]:
+    """What figures are measured on, by name of the property."""
+    where = {"device": torch.cuda.get_device_name()} if device == "cuda" else {"threads": str(thread_count)}
+    return {
+        "cpu": cpu_name(),
+        "instructions": instruction_set(),
+        **where,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def described(machine: Mapping[str, str]) -> str:
+    """The same in a line."""
+    count = machine.get("threads")
+    where = machine["device"] if count is None else f"{count} thread{'' if count == '1' else 's'}"
+    return (
+        f"{machine['cpu']} ({machine['instructions']}), {where}, torch {machine['torch']}, "
+        f"Python {machine['python']}, {machine['date']}"
+    )

@@ -1,0 +1,26 @@
+"""What a measurement changes about Inductor for a while: empty caches, and weights taken as constants."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch._inductor.config as inductor_config
+from torch._inductor.utils import fresh_cache
+
+
+@contextlib.contextmanager
+def fresh_caches() -> Iterator[None]:
+    """Compiles into an empty folder that is deleted afterwards; code that was loaded meanwhile stays loaded."""
+    with fresh_cache():
+        yield
+
+
+@contextlib.contextmanager
+def constant_weights() -> Iterator[None]:
+    """Lets Inductor fold and repack weights at the first call under `no_grad` ("freezing").
+
+    It must surround that call: Dynamo decides while it traces, before the options of one compilation are read.
+    """
+    with inductor_config.patch(freezing=True):
+        yield
