@@ -38,12 +38,20 @@ _TENSORS = (
     "Tensor x, Tensor weight1, Tensor? bias1, Tensor? weight_up, Tensor? bias_up, Tensor weight2, Tensor? bias2, "
     "Tensor? seed"
 )
-_SETTINGS = "float p, str activation, float[] act_arguments, bool gate_second, int[] act_format=[]"
+_SETTINGS = (
+    "float p, str activation, float[] act_arguments, bool gate_second, int[] hidden_format=[], int[] act_format=[]"
+)
 
 
-def _gate_and_up(h: Tensor, up: Tensor | None, gate_second: bool) -> tuple[Tensor, Tensor]:
+_Quantize = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+def _gate_and_up(
+    h: Tensor, up: Tensor | None, gate_second: bool, hidden_format: Sequence[int], quantize: _Quantize = quantize_packed
+) -> tuple[Tensor, Tensor]:
+    h = quantize(h, hidden_format)
     if up is not None:
-        return h, up
+        return h, quantize(up, hidden_format)
     first, second = h.chunk(2, -1)
     return (second, first) if gate_second else (first, second)
 
@@ -56,7 +64,7 @@ def _gated(
     activation: str,
     act_arguments: list[float],
     act_format: Sequence[int],
-    quantize: Callable[[Tensor, Sequence[int]], Tensor] = quantize_packed,
+    quantize: _Quantize = quantize_packed,
 ) -> Tensor:
     a = ACTIVATIONS[activation].forward(gate, act_arguments, None)
     return quantize(rng.dropout(a * up, seed, p), act_format)
@@ -75,12 +83,13 @@ def _forward(
     activation: str,
     act_arguments: list[float],
     gate_second: bool,
+    hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows_of(x)
     h = product(rows, weight1, bias1)
     up = None if weight_up is None else product(rows, weight_up, bias_up)
-    a = _gated(*_gate_and_up(h, up, gate_second), seed, p, activation, act_arguments, act_format)
+    a = _gated(*_gate_and_up(h, up, gate_second, hidden_format), seed, p, activation, act_arguments, act_format)
     y = product(a, weight2, bias2)
     return shaped_like_rows_of(x, y), h, h.new_empty(0) if up is None else up
 
@@ -99,13 +108,14 @@ def _backward(
     act_arguments: list[float],
     gate_second: bool,
     output_mask: list[bool],
+    hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight1, bias1, weight_up, bias_up, weight2 and bias2; empty where `output_mask` is False."""
     *need_first, need_weight2, need_bias2 = output_mask
     grad, rows = rows_of(grad_y), rows_of(x)
     grads = placeholders(h, 7)
-    gate_value, up_value = _gate_and_up(h, up, gate_second)
+    gate_value, up_value = _gate_and_up(h, up, gate_second, hidden_format)  # quantisation is straight through
     if need_weight2:
         a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format)
         grads[5] = product(grad.t(), a.t())
@@ -154,7 +164,7 @@ def _fake(
 def _fake_backward(
     grad_y: Tensor, x: Tensor, weight1: Tensor, weight_up: Tensor | None, weight2: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    # rest: h, up, seed, p, activation, act_arguments, gate_second, output_mask, act_format
+    # rest: h, up, seed, p, activation, act_arguments, gate_second, output_mask, formats
     bias_up = None if weight_up is None else weight_up[:, 0]
     return fake_gradients((x, weight1, weight1[:, 0], weight_up, bias_up, weight2, weight2[:, 0]), rest[7])
 
@@ -169,7 +179,8 @@ gated_dense_inference = define(
 gated_dense_backward = define(
     "gated_dense_backward",
     "(Tensor grad_y, Tensor x, Tensor weight1, Tensor? weight_up, Tensor weight2, Tensor h, Tensor? up, Tensor? seed, "
-    "float p, str activation, float[] act_arguments, bool gate_second, bool[7] output_mask, int[] act_format=[]) -> "
+    "float p, str activation, float[] act_arguments, bool gate_second, bool[7] output_mask, "
+    "int[] hidden_format=[], int[] act_format=[]) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -181,7 +192,7 @@ _DIFFERENTIABLE = tuple(range(7))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.settings, ctx.format = inputs[:8], inputs[8:12], inputs[12:]
+    tensors, ctx.settings, ctx.formats = inputs[:8], inputs[8:12], inputs[12:]
     ctx.is_merged = inputs[3] is None
     kept = () if ctx.is_merged else (output[2],)
     ctx.save_for_backward(*tensors, output[1], *kept)
@@ -196,12 +207,12 @@ def _autograd(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     saved = ctx.saved_tensors
     tensors, kept = saved[:8], saved[8:]
     if torch.is_grad_enabled():
-        grads = differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.format), needed, grad_y)
+        grads = differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
     else:
         x, weight1, _, weight_up, _, weight2, _, seed = tensors
         h, up = kept[0], None if ctx.is_merged else kept[1]
         grads = torch.ops.fuse_pass.gated_dense_backward(
-            grad_y, x, weight1, weight_up, weight2, h, up, seed, *ctx.settings, needed, *ctx.format
+            grad_y, x, weight1, weight_up, weight2, h, up, seed, *ctx.settings, needed, *ctx.formats
         )
     return only_needed(grads, needed, len(ctx.needs_input_grad))
 
@@ -219,12 +230,14 @@ def _formula(
     activation: str,
     act_arguments: list[float],
     gate_second: bool,
+    hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
 ) -> Tensor:
     """`gated_dense` in differentiable PyTorch, for second derivatives."""
     rows = rows_of(x)
     up = None if weight_up is None else F.linear(rows, weight_up, bias_up)
-    halves = _gate_and_up(F.linear(rows, weight1, bias1), up, gate_second)
+    h = F.linear(rows, weight1, bias1)
+    halves = _gate_and_up(h, up, gate_second, hidden_format, straight_through_packed)
     a = _gated(*halves, seed, p, activation, act_arguments, act_format, straight_through_packed)
     return F.linear(a, weight2, bias2).view(output_shape(x, weight2))
 

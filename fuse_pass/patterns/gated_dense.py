@@ -143,6 +143,7 @@ class _Projection:
     """A gate or an up: a Linear of its own, or one half of a merged one (`half` is then 0 or 1)."""
 
     layer: Linear
+    format: list[int]
     half: int | None
     value: Node
     walks: tuple[Walk, ...]
@@ -198,37 +199,40 @@ def _gated_by(view: GraphView, node: Node, activated: Node, other: Node) -> _Pro
     if gate is None or up is None or not _belong_together(gate, up):
         return None
     nodes = (node, *walk.passed, *activation.nodes)
-    gate = _Projection(gate.layer, gate.half, gate.value, (walk, *gate.walks), gate.nodes)
+    gate = _Projection(gate.layer, gate.format, gate.half, gate.value, (walk, *gate.walks), gate.nodes)
     return _Product(gate, up, activation.name, activation.arguments, activation.problem, nodes)
 
 
 def _glu(view: GraphView, op: Op) -> _Product | None:
     """`F.glu(h)` is the first half of h times the sigmoid of the second."""
-    walk = view.walk_up(op["input"])
-    layer, value = view.linears.get(walk.node), value_of(op["input"])
-    if layer is None or value is None or op["dim"] not in (-1, value.dim() - 1):
+    value = value_of(op["input"])
+    if value is None or op["dim"] not in (-1, value.dim() - 1):
         return None
-    up, gate = (_Projection(layer, half, op.node, (walk,), (*layer.nodes, *walk.passed)) for half in (0, 1))
+    whole = _projection(view, op["input"])
+    if whole is None or whole.half is not None:
+        return None
+    up, gate = (_Projection(whole.layer, whole.format, half, op.node, whole.walks, whole.nodes) for half in (0, 1))
     return _Product(gate, up, "sigmoid", (), None, (op.node,))
 
 
 def _projection(view: GraphView, node: Node) -> _Projection | None:
-    walk = view.walk_up(node)
-    layer = view.linears.get(walk.node)
-    if layer is not None:
-        return _Projection(layer, None, walk.node, (walk,), (*walk.passed, *layer.nodes))
-    half = half_of(view, walk.node)
-    if half is None:
-        return None
-    inner = view.walk_up(half.source)
-    layer = view.linears.get(inner.node)
+    walks, nodes = [view.walk_up(node)], [*view.walk_up(node).passed]
+    value = walks[0].node
+    half = half_of(view, value)
+    if half is not None:
+        walks.append(view.walk_up(half.source))
+        nodes += [*half.nodes, *walks[-1].passed]
+    hidden_format = through_quantisation(view, walks, nodes)
+    layer = view.linears.get(walks[-1].node)
     if layer is None:
         return None
-    nodes = (*walk.passed, *half.nodes, *inner.passed, *layer.nodes)
-    return _Projection(layer, half.index, walk.node, (walk, inner), nodes)
+    index = None if half is None else half.index
+    return _Projection(layer, hidden_format, index, value, tuple(walks), (*nodes, *layer.nodes))
 
 
 def _belong_together(gate: _Projection, up: _Projection) -> bool:
+    if gate.format != up.format:
+        return False
     if gate.half is None or up.half is None:
         return gate.half is up.half and gate.layer is not up.layer and gate.layer.input is up.layer.input
     return gate.layer is up.layer and gate.half != up.half
@@ -256,12 +260,12 @@ def _candidate(
         "activation": found.activation,
         "arguments": found.arguments,
         "gate_second": found.gate.half == 1,
-        "act_format": act_format,
+        "formats": (found.gate.format, act_format),
     }
     words = [found.activation.replace("_", " ")]
     words += ["merged"] if is_merged else []
     words += [f"dropout {p}"] if drops else []
-    words += ["fake-quantised"] if act_format else []
+    words += ["fake-quantised"] if act_format or found.gate.format else []
     return Candidate(
         anchor=second.node,
         nodes=frozenset(nodes),
@@ -318,7 +322,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             constants["activation"],
             list(constants["arguments"]),
             constants["gate_second"],
-            *((constants["act_format"],) if constants["act_format"] else ()),
+            *(constants["formats"] if any(constants["formats"]) else ()),
         )
         if y_value.requires_grad:
             y = editor.item(editor.call(torch.ops.fuse_pass.gated_dense.default, *arguments), 0)
