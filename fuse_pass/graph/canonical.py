@@ -75,6 +75,10 @@ def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enable: Any = True
 ) -> None: ...
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None: ...
+def _mean(input: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> None: ...
+def _deviation(
+    input: Any, dim: Any = None, unbiased: Any = True, keepdim: Any = False, correction: Any = None
+) -> None: ...
 def _transpose(input: Any, dim0: Any, dim1: Any) -> None: ...
 def _chunk(input: Any, chunks: Any, dim: Any = 0) -> None: ...
 def _split(input: Any, split_size_or_sections: Any, dim: Any = 0) -> None: ...
@@ -133,6 +137,11 @@ _TABLE: tuple[_Row, ...] = (
     ("cast", _variadic, ("to", "type", "type_as", "float", "half", "bfloat16", "double", aten.to.dtype)),
     ("dropout", _dropout_function, (F.dropout,)),
     ("dropout", _dropout, (torch.dropout, aten.dropout.default)),
+    ("mean", _mean, (torch.mean, "mean", aten.mean.dim)),
+    ("sum", _mean, (torch.sum, "sum", aten.sum.dim_IntList)),
+    ("var", _deviation, (torch.var, "var")),
+    ("std", _deviation, (torch.std, "std")),
+    ("var_mean", _deviation, (torch.var_mean,)),
     ("layer_norm", _layer_norm, (F.layer_norm, torch.layer_norm, aten.layer_norm.default)),
     ("rms_norm", _rms_norm, (F.rms_norm, torch.rms_norm, aten.rms_norm.default)),
     # arithmetic
@@ -143,6 +152,8 @@ _TABLE: tuple[_Row, ...] = (
     ("neg", _unary, (operator.neg, torch.neg, "neg", aten.neg.default)),
     ("pow", _pow, (operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar)),
     ("square", _unary, (torch.square, "square", aten.square.default)),
+    ("sqrt", _unary, (torch.sqrt, "sqrt", aten.sqrt.default)),
+    ("rsqrt", _unary, (torch.rsqrt, "rsqrt", aten.rsqrt.default)),
     ("reciprocal", _unary, (torch.reciprocal, "reciprocal", aten.reciprocal.default)),
     ("tanh", _unary, (torch.tanh, "tanh", F.tanh, aten.tanh.default)),
     ("erf", _unary, (torch.erf, "erf", torch.special.erf, aten.erf.default)),
@@ -170,6 +181,10 @@ _TABLE: tuple[_Row, ...] = (
 )
 
 # Spellings that write into their first argument, by the spelling that does not.
+_IN_PLACE_METHODS = (
+    *("add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt"),
+    *("tanh", "sigmoid", "exp", "relu", "erf"),
+)
 _IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -186,10 +201,7 @@ _IN_PLACE: dict[Any, Any] = {
     torch.square_: torch.square,
     torch.sigmoid_: torch.sigmoid,
     torch.tanh_: torch.tanh,
-    **{
-        f"{name}_": name
-        for name in ("add", "sub", "mul", "div", "neg", "pow", "square", "tanh", "sigmoid", "exp", "relu", "erf")
-    },
+    **{f"{name}_": name for name in _IN_PLACE_METHODS},
 }
 
 # Other names for canonical parameters: aten's and some Python signatures'.
@@ -201,6 +213,7 @@ _ALIASES = {
     "train": "training",
     "split_size": "split_size_or_sections",
     "split_sizes": "split_size_or_sections",
+    "axis": "dim",
 }
 
 

@@ -45,7 +45,7 @@ def find_problem(
         or _circular(group, tensors)
         or _crossing(view, group)
         or _functorch(view, group)
-        or _tensor_kind([*tensors, *group])
+        or _tensor_kind([*tensors, *(node for node in group if not _is_tuple(node))])
         or _devices([*tensors, *group])
         or _order(view, group, outputs, [*tensors, *scalars])
     )
@@ -76,6 +76,11 @@ def _crossing(view: GraphView, group: list[Node]) -> Problem | None:
         if node not in members:
             return Problem(reason, f"{node.name} lies between {group[0].name} and {group[-1].name}", node)
     return None
+
+
+def _is_tuple(node: Node) -> bool:
+    """Whether a node has several results, which the nodes that take one each answer for."""
+    return isinstance(node.meta.get("example_value"), tuple)
 
 
 def _tensor_kind(tensors: list[Node]) -> Problem | None:

@@ -8,7 +8,8 @@ Shapes: x, residual, z and y `[..., *normalized]`, weight and bias `[*normalized
 Variance is biased; statistics are float32 (float64 for float64). Saved for backward are z, the statistics and the seed;
 the mask is recomputed. `norm_dtype` is what z is cast to before the norm, and the dtype of y (None: z's own): the cast
 that many models write there, and the one that CUDA autocast makes. With a `sum_format` (`ops.packed_format`) the norm
-reads z rounded, straight through, before that cast; the result z stays as it is.
+reads z rounded, straight through, before that cast; the result z stays as it is. `round_normalised` casts to the dtype
+of y before weight and bias, as Llama does; gradients do not see it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def _normalise(
     normalized_dims: int,
     norm: str,
     dtype: torch.dtype,
+    round_normalised: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = _last_dims(normalized_dims)
     wide = z.to(dtype).to(accumulation_dtype(dtype))
@@ -65,6 +67,7 @@ def _normalise(
         mean = wide.new_empty(0)
     rstd = torch.rsqrt((wide * wide).mean(dims, keepdim=True) + eps)
     y = wide * rstd
+    y = y.to(dtype) if round_normalised else y
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return y.to(dtype).contiguous(), mean, rstd
@@ -90,12 +93,14 @@ def _forward(
     norm_dtype: torch.dtype | None,
     residual_first: bool,
     sum_format: Sequence[int] = (),
+    round_normalised: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, z (empty where it would be x itself), mean (empty for RMSNorm) and rstd."""
     z = _dropout(x, seed, p, normalized_dims)
     z = _add(z, residual, residual_first)
     seen = quantize_packed(z, sum_format)
-    y, mean, rstd = _normalise(seen, weight, bias, eps, normalized_dims, norm, norm_dtype or z.dtype)
+    dtype = norm_dtype or z.dtype
+    y, mean, rstd = _normalise(seen, weight, bias, eps, normalized_dims, norm, dtype, round_normalised)
     return y, x.new_empty(0) if z is x else z, mean, rstd
 
 
@@ -178,6 +183,7 @@ def _fake(
     norm_dtype: torch.dtype | None,
     residual_first: bool,
     sum_format: Sequence[int] = (),
+    round_normalised: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = torch.empty_like(x) if residual is None else _add(x, residual, residual_first)
     dtype = norm_dtype or z.dtype
@@ -219,8 +225,8 @@ def _fake_backward(
 dropout_norm = define(
     "dropout_norm",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p, float eps, int normalized_dims, "
-    "str norm, ScalarType? norm_dtype, bool residual_first, int[] sum_format=[]) -> "
-    "(Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+    "str norm, ScalarType? norm_dtype, bool residual_first, int[] sum_format=[], "
+    "bool round_normalised=False) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     _forward,
     _fake,
 )
@@ -236,7 +242,7 @@ dropout_norm_backward = define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, seed, ctx.p, ctx.eps, ctx.normalized_dims, ctx.norm, ctx.norm_dtype, _ = inputs[:11]
-    ctx.formats = inputs[11:]
+    ctx.formats = inputs[11:12]
     _, z, mean, rstd = output
     ctx.drops = seed is not None and ctx.p != 0
     ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
@@ -307,7 +313,8 @@ def _cuda_autocast(op: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> A
     """CUDA autocast runs norms in float32; CPU autocast leaves them alone (so there is no rule for it)."""
     others, (norm_dtype, residual_first, *formats) = rest[:7], rest[7:]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    norm_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else norm_dtype
+    if norm_dtype is None and dtype in (torch.float16, torch.bfloat16):
+        norm_dtype = torch.float32
     return op(x, residual, *others, norm_dtype, residual_first, *formats)
 
 

@@ -3,18 +3,18 @@
 Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does
 an inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual
 stream of a pre-norm block, it becomes a second output. A cast before the norm is taken over, and a view that keeps the
-rows moves behind it. A fake quantisation of what the norm reads happens inside.
+rows moves behind it. A fake quantisation of what the norm reads happens inside. The norm may be written out.
 
 Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies
 inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are
 computed after the sum is already read; a view changes the normalised dimensions; the quantisation rounds at random or
-by a scale; a tensor is a subclass or on another
-device; the user wants eager's random numbers.
+by a scale; a norm that is written out has no eps, an unbiased variance or half-precision statistics; a tensor is a
+subclass or on another device; the user wants eager's random numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.patterns.norm_forms import Norm, norms_of
+from fuse_pass.patterns.norm_spellings import WRITTEN_OUT
 from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
 from fuse_pass.patterns.sum_path import path_from
 from fuse_pass.report import Reason
@@ -86,6 +88,10 @@ def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tupl
     return stream, F.layer_norm(stream, (24,), w, b)
 
 
+def _written_out(norm: Any) -> Any:
+    return lambda x, r, w, b: norm(F.dropout(x, 0.25) + r, w, b)
+
+
 # Called as f(x, residual, weight, bias); each must be found once.
 SPELLINGS: dict[str, Any] = {
     "dropout, norm": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25), (24,), w, b),
@@ -112,6 +118,7 @@ SPELLINGS: dict[str, Any] = {
     "reshaped": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).view(-1, 24), (24,), w, b),
     "reshaped and read again": _reshaped_and_read_again,
     "cast": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).double(), (24,)),
+    **{name: _written_out(norm) for name, norm in WRITTEN_OUT.items()},
 }
 
 
@@ -129,33 +136,32 @@ class _Sum:
 
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
-    for node in view.nodes:
-        op = view.op(node)
-        if op is not None and op.kind in ("layer_norm", "rms_norm"):
-            candidate = _ending_in(view, op)
-            if candidate is not None:
-                yield candidate
+    for norm in norms_of(view):
+        candidate = _ending_in(view, norm)
+        if candidate is not None:
+            yield candidate
     yield from hidden_in_encoder_layers(view)
 
 
-def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
-    path = path_from(view, norm["input"])
+def _ending_in(view: GraphView, norm: Norm) -> Candidate | None:
+    path = path_from(view, norm.input)
     found = _sum_at(view, path.top)
     if found is None:  # an inactive dropout without a sum is itself what the norm is fused with
         path = path.up_to_dropout(view)
         found = _sum_at(view, path.top)
     if found is None:
         return None
-    vanishing = path.read_only_by(norm.node)
+    vanishing = {*norm.nodes, *path.read_only_by(norm.nodes)}
     # Whatever else reads the sum gets it as a second output, unless it is a value that stays where it is.
     stays = found.residual is None and found.p == 0
-    others = [user for user in found.node.users if user not in (norm.node, *vanishing)]
+    others = [user for user in found.node.users if user not in vanishing]
     keeps_sum = bool(others) and not stays
-    nodes = frozenset((norm.node, *vanishing, *(() if stays and others else found.nodes)))
+    nodes = frozenset((*vanishing, *(() if stays and others else found.nodes)))
     drops = isinstance(found.p, Node) or found.p != 0
     words = [norm.kind.replace("_", " ")]
     words += [f"dropout {found.p}"] if drops else []
     words += ["residual"] if found.residual is not None else []
+    words += ["written out"] if len(norm.nodes) > 1 else []
     words += ["sum read again"] if keeps_sum else []
     words += ["fake-quantised"] if path.quantised is not None else []
     return Candidate(
@@ -163,17 +169,19 @@ def _ending_in(view: GraphView, norm: Op) -> Candidate | None:
         nodes=nodes,
         outputs=(norm.node, found.node) if keeps_sum else (norm.node,),
         inputs={
-            "x": found.x, "residual": found.residual, "weight": norm["weight"], "bias": norm.arguments.get("bias"),
+            "x": found.x, "residual": found.residual, "weight": norm.weight, "bias": norm.bias,
         },
         constants={
-            "p": found.p, "drops": drops, "eps": norm["eps"], "shape": norm["normalized_shape"], "norm": norm.kind,
-            "sum": found.node, "normalised": norm["input"], "residual_first": found.residual_first,
+            "p": found.p, "drops": drops, "eps": norm.eps, "shape": norm.shape, "norm": norm.kind,
+            "sum": found.node, "normalised": norm.input, "residual_first": found.residual_first,
             "casts": path.of_kind(view, "cast"), "reshapes": path.of_kind(view, "reshape"),
             "quantised": path.quantised, "sum_format": path.sum_format,
+            "written_out": len(norm.nodes) > 1,
+            "round_normalised": norm.round_normalised,
         },
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=found.problem or path.problem,
+        problem=norm.problem or found.problem or path.problem,
     )  # fmt: skip
 
 
@@ -272,17 +280,21 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     z_value, y_value = value_of(z), value_of(candidate.anchor)
     assert z_value is not None
     assert y_value is not None
-    norm_dtype = None if y_value.dtype is z_value.dtype else y_value.dtype
+    # A norm that is written out does its own casts: autocast, which knows the name of a norm only, must not add one.
+    is_plain = y_value.dtype is z_value.dtype and (not constants["written_out"] or z_value.dtype.itemsize > 2)
+    norm_dtype = None if is_plain else y_value.dtype
     with editor.at(candidate.outputs, candidate.nodes):
         if residual is not None and not _same_shape_as(residual, z):
             residual = editor.call("expand_as", residual, x)
         seed = editor.call(torch.ops.fuse_pass.seed.default, z_value.device) if constants["drops"] else None
         p = constants["p"] if constants["drops"] else 0.0
         eps = _default_eps(y_value.dtype) if constants["eps"] is None else constants["eps"]
+        parameters = [_parameter(editor, inputs[name], constants["shape"]) for name in ("weight", "bias")]
+        special = (constants["sum_format"], constants["round_normalised"])
         call = editor.call(
-            torch.ops.fuse_pass.dropout_norm.default, x, residual, inputs["weight"], inputs["bias"], seed, p, eps,
+            torch.ops.fuse_pass.dropout_norm.default, x, residual, *parameters, seed, p, eps,
             len(constants["shape"]), constants["norm"], norm_dtype, constants["residual_first"],
-            *([constants["sum_format"]] if constants["sum_format"] else ()),
+            *(special if any(special) else ()),
         )  # fmt: skip
         outputs = [editor.item(call, i) for i in range(len(candidate.outputs))]
     with editor.at((candidate.anchor,), (candidate.anchor,)):  # the sizes of a reshape may be computed late
@@ -291,6 +303,13 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     for old, new in zip(candidate.outputs, outputs, strict=True):
         editor.replace(old, new)
     editor.erase(candidate.nodes)
+
+
+def _parameter(editor: Editor, parameter: Node | None, shape: Sequence[int]) -> Node | None:
+    """Written-out norms may have parameters with dimensions of size 1 in front."""
+    value = value_of(parameter)
+    extra = 0 if value is None else value.dim() - len(shape)
+    return editor.call("squeeze", parameter, tuple(range(extra))) if extra else parameter
 
 
 def _default_eps(dtype: torch.dtype) -> float:

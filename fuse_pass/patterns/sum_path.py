@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +46,14 @@ class Path:
                 return path
         return self
 
-    def read_only_by(self, reader: Node) -> list[Node]:
+    def read_only_by(self, norm: Iterable[Node]) -> list[Node]:
         """The part that only leads to the norm; what others read stays, and so does everything above it."""
-        vanishing = []
+        readers, vanishing = set(norm), []
         for node in self.nodes:
-            if set(node.users) != {reader}:
+            if not set(node.users) <= readers:
                 break
             vanishing.append(node)
-            reader = node
+            readers = {node}
         return vanishing
 
 
