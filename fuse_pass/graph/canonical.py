@@ -74,6 +74,9 @@ def _dropout(input: Any, p: Any, train: Any) -> None: ...
 def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enable: Any = True
 ) -> None: ...
+def _group_norm(
+    input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enabled: Any = True
+) -> None: ...
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None: ...
 def _mean(input: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> None: ...
 def _deviation(
@@ -144,6 +147,7 @@ _TABLE: tuple[_Row, ...] = (
     ("var_mean", _deviation, (torch.var_mean,)),
     ("layer_norm", _layer_norm, (F.layer_norm, torch.layer_norm, aten.layer_norm.default)),
     ("rms_norm", _rms_norm, (F.rms_norm, torch.rms_norm, aten.rms_norm.default)),
+    ("group_norm", _group_norm, (F.group_norm, torch.group_norm, aten.group_norm.default)),
     # arithmetic
     ("add", _scaled_binary, (operator.add, torch.add, "add", "__add__", aten.add.Tensor, aten.add.Scalar)),
     ("sub", _scaled_binary, (operator.sub, torch.sub, "sub", aten.sub.Tensor, aten.sub.Scalar)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fuse_pass.graph.fresh_memory import is_seen_by_none_of
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.report import Reason
@@ -73,7 +74,7 @@ def _circular(group: list[Node], tensors: list[Node]) -> Problem | None:
 def _crossing(view: GraphView, group: list[Node]) -> Problem | None:
     members = set(group)
     for node, reason in view.barriers_between(group[0], group[-1]):
-        if node not in members:
+        if node not in members and not is_seen_by_none_of(view, node, members):
             return Problem(reason, f"{node.name} lies between {group[0].name} and {group[-1].name}", node)
     return None
 

@@ -33,6 +33,7 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.ops.library import accumulation_dtype
+from fuse_pass.patterns.sum_path import channels_apart
 from fuse_pass.report import Reason
 
 
@@ -74,6 +75,9 @@ def norms_of(view: GraphView) -> Iterator[Norm]:
         if op.kind in ("layer_norm", "rms_norm"):
             arguments = (op["input"], op["normalized_shape"], op["weight"], op.arguments.get("bias"), op["eps"])
             yield Norm(op.kind, node, *arguments, (node,))
+        elif op.kind == "group_norm":
+            arguments = (op["input"], None, op["weight"], op["bias"], op["eps"])
+            yield Norm(op.kind, node, *arguments, (node,), problem=channels_apart(node))
         elif op.kind in ("rsqrt", "sqrt", "std") or (op.kind == "pow" and op["exponent"] in (0.5, -0.5)):
             norm = _written_out(view, op)
             if norm is not None:
@@ -239,14 +243,9 @@ def _with_layout(norm: Norm, reader: RowReader) -> Norm:
     if norm.problem is not None or reader.dims == tuple(range(-len(reader.dims), 0)):
         return norm
     if reader.dims == (1 - rank,) and norm.weight is not None:
-        return replace(norm, problem=channels_first(norm.node))
+        return replace(norm, problem=channels_apart(norm.node))
     detail = f"{norm.node.name} normalises the dimensions {reader.dims}, which are not the last"
     return replace(norm, problem=Problem(Reason.LAYOUT, detail, norm.node))
-
-
-def channels_first(node: Node) -> Problem:
-    """What a norm over the channels of an image is declined with."""
-    return Problem(Reason.COST, f"{node.name} normalises channels that do not lie side by side in memory", node)
 
 
 def _with_dtypes(view: GraphView, reader: RowReader, norm: Norm, normalised: Polynomial) -> Norm:
