@@ -3,6 +3,10 @@
 Measured on one AMD Zen 5 core (torch 2.13): float32 `addmm` (MKL) runs at 88-98 GF/s, oneDNN's linear on plain weights
 at 180-217 GF/s in all three products of a Linear (forward, input gradient, weight gradient). On other machines the two
 may be level, so it is measured and not assumed.
+
+Measured too is the size from which the longer call pays (14 us against 1.5 us there, so from about 3 MFLOP). Thin
+products are as fast with aten at any size: an outer product and a result of one to three columns took oneDNN up to six
+times as long, a weight gradient of less than 64 columns up to 1.5 times (it transposes both operands first).
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,39 +30,69 @@ from fuse_pass.machine import cpu_name
 
 ATEN, ONEDNN, VIA_FLOAT32 = "aten", "onednn", "via_float32"
 
-# Below this many floating-point operations the longer call (about 12 us against 3 us) costs more than it gives.
+# A product has at least as many operations where oneDNN is chosen, however small the measured break-even is.
 MIN_FLOP = 1_000_000
 # oneDNN must be this much faster to be chosen; a tie goes to aten, which Inductor knows how to fuse and tune.
-MIN_GAIN = 1.05
-_PROBE_SIZE = (256, 768, 768)
-_PROBE_REPEATS = 7
+MIN_GAIN = 1.1
+# Chosen from this many times the break-even on: at it nothing is gained, and our op adds a third to the call.
+_MARGIN = 3
+_MIN_COLUMNS, _MIN_COLUMNS_OF_GRADIENT, _MIN_INNER = 4, 64, 2
+_LARGE, _SMALL = (256, 768, 768), (1, 16, 16)
+_REPEATS = 9
 
 
-def provider(device: torch.device, dtype: torch.dtype, flop: int | None, *, with_activation: bool = False) -> str:
-    """Who computes a product of `flop` operations (None: unknown, taken as large): ATEN, ONEDNN or VIA_FLOAT32.
+def provider(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int | None] = (),
+    *,
+    with_activation: bool = False,
+    weight_gradient: bool = False,
+) -> str:
+    """Who computes a product `[m, k] @ [n, k].T`: ATEN, ONEDNN or VIA_FLOAT32.
 
-    `with_activation` asks for the product and an activation in one call. VIA_FLOAT32 is for float16 on a CPU without
-    float16 arithmetic, where aten falls to a scalar loop.
+    VIA_FLOAT32 is for float16 on a CPU without float16 arithmetic, where aten falls to a scalar loop.
+
+    Args:
+        device: of the operands.
+        dtype: of the operands.
+        sizes: m, n and k; None where a size is unknown, which is taken as large.
+        with_activation: an activation follows in the same call.
+        weight_gradient: both operands are transposed.
     """
     if device.type != "cpu":
         return ATEN
     if dtype is torch.float16 and not compat.has_fast_cpu_dtype(dtype):
         return VIA_FLOAT32
-    if flop is not None and flop < MIN_FLOP:
+    known = [size for size in sizes if size is not None]
+    flop = 2 * math.prod(known) if known and len(known) == len(sizes) else None
+    if (flop is not None and flop < MIN_FLOP) or _is_thin(sizes, weight_gradient):
         return ATEN
-    return table().get(_key(dtype, with_activation), ATEN)
+    break_even = table().get(_key(dtype, with_activation))
+    return ATEN if break_even is None or (flop is not None and flop < break_even) else ONEDNN
+
+
+def _is_thin(sizes: Sequence[int | None], weight_gradient: bool) -> bool:
+    if not sizes:
+        return False
+    _, columns, inner = sizes
+    min_columns = _MIN_COLUMNS_OF_GRADIENT if weight_gradient else _MIN_COLUMNS
+    return (columns is not None and columns < min_columns) or (inner is not None and inner < _MIN_INNER)
 
 
 @functools.cache
-def table() -> dict[str, str]:
-    """The probe's verdicts for this machine, torch version and thread count; from the cache file if there is one."""
+def table() -> dict[str, int]:
+    """From how many operations on oneDNN is faster, per dtype; without an entry it never is.
+
+    For this machine, torch version and thread count; from the cache file if there is one.
+    """
     if compat.onednn_linear() is None:
         return {}
     path = _cache_file()
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # absent, unreadable, or not what we wrote
-        return dict(json.loads(path.read_text())["providers"])
+        return {str(key): int(flop) for key, flop in dict(json.loads(path.read_text())["break_even_flop"]).items()}
     measured = _probe()
-    _write(path, {"machine": _machine(), "providers": measured})
+    _write(path, {"machine": _machine(), "break_even_flop": measured})
     return measured
 
 
@@ -65,22 +100,40 @@ def _key(dtype: torch.dtype, with_activation: bool) -> str:
     return f"{str(dtype).removeprefix('torch.')}{'+activation' if with_activation else ''}"
 
 
-def _probe() -> dict[str, str]:
+def _probe() -> dict[str, int]:
     dtypes = [torch.float32] + [torch.bfloat16] * compat.has_fast_cpu_dtype(torch.bfloat16)
-    verdicts = {}
+    found = {}
     # The probe may be asked for in the middle of a trace: no fake tensors, no proxies, no autocast, no autograd.
     with compat.disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in dtypes:
             for with_activation in (False, True):
-                aten, onednn = _contenders(dtype, with_activation)
-                gain = _median_ratio(aten, onednn)
-                verdicts[_key(dtype, with_activation)] = ONEDNN if gain > MIN_GAIN else ATEN
-    return verdicts
+                large = _seconds_per_product(*_contenders(_LARGE, dtype, with_activation))
+                small = _seconds_per_product(*_contenders(_SMALL, dtype, with_activation))
+                flop = _break_even(large, small)
+                if flop is not None:
+                    found[_key(dtype, with_activation)] = flop
+    return found
 
 
-def _contenders(dtype: torch.dtype, with_activation: bool) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The three products of one Linear's training step (or its forward with GELU) by aten and by oneDNN."""
-    rows, out_features, in_features = _PROBE_SIZE
+def _break_even(large: tuple[float, float], small: tuple[float, float]) -> int | None:
+    """Operations from which oneDNN's faster arithmetic outweighs its longer call; None where it is not faster.
+
+    Each argument is the seconds of a product by aten and by oneDNN.
+    """
+    aten, onednn = large
+    if aten <= MIN_GAIN * onednn:
+        return None
+    saved_per_flop = (aten - onednn) / (2 * math.prod(_LARGE))
+    longer_call = max(0.0, small[1] - small[0])
+    # A power of two, so that another probe of the same machine gives the same number and finds the same kernels cached.
+    return 1 << max(MIN_FLOP, math.ceil(_MARGIN * longer_call / saved_per_flop)).bit_length()
+
+
+def _contenders(
+    sizes: tuple[int, int, int], dtype: torch.dtype, with_activation: bool
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The three products of one Linear's training step (or its forward with GELU, thrice) by aten and by oneDNN."""
+    rows, out_features, in_features = sizes
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (
         torch.randn(*shape, generator=generator).to(dtype)
@@ -90,26 +143,28 @@ def _contenders(dtype: torch.dtype, with_activation: bool) -> tuple[Callable[[],
     assert linear is not None
     if with_activation:
         return (
-            lambda: torch.nn.functional.gelu(torch.mm(x, weight.t())),
-            lambda: linear(x, weight, None, "gelu", [], "none"),
+            lambda: [torch.nn.functional.gelu(torch.mm(x, weight.t())) for _ in range(_PRODUCTS)],
+            lambda: [linear(x, weight, None, "gelu", [], "none") for _ in range(_PRODUCTS)],
         )
     return (
-        lambda: (torch.mm(x, weight.t()), torch.mm(grad, weight), torch.mm(grad.t(), x)),
-        lambda: tuple(
-            linear(a, b, None, "none", [], "") for a, b in ((x, weight), (grad, weight.t()), (grad.t(), x.t()))
-        ),
+        lambda: [torch.mm(x, weight.t()), torch.mm(grad, weight), torch.mm(grad.t(), x)],
+        lambda: [linear(a, b, None, "none", [], "") for a, b in ((x, weight), (grad, weight.t()), (grad.t(), x.t()))],
     )
 
 
-def _median_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
+_PRODUCTS = 3
+
+
+def _seconds_per_product(aten: Callable[[], object], onednn: Callable[[], object]) -> tuple[float, float]:
     def seconds(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / _PRODUCTS
 
-    slow(), fast()  # warm-up
+    aten(), onednn()  # warm-up
     # The two alternate, so that a change of the machine's speed hits both.
-    return statistics.median(seconds(slow) / seconds(fast) for _ in range(_PROBE_REPEATS))
+    samples = [(seconds(aten), seconds(onednn)) for _ in range(_REPEATS)]
+    return statistics.median(a for a, _ in samples), statistics.median(b for _, b in samples)
 
 
 def _machine() -> str:

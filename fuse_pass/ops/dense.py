@@ -1,19 +1,34 @@
-"""Matrix products behind every Linear, sent to the library that is fastest on this machine.
+"""A Linear as one op, `y = x Wᵀ + b`, and the matrix products behind it, sent to the fastest library of this machine.
+
+Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, y `[..., d_out]`.
 
 `product(a, b)` is `a @ b.T (+ bias)` for matrices of any strides, so the three products of a Linear are
-`product(x, weight, bias)`, `product(grad, weight.t())` and `product(grad.t(), x.t())`.
+`product(x, weight, bias)`, `product(grad, weight.t())` and `weight_gradient(grad, x, weight)`. Two ops:
+
+- `dense` with its gradients; x and the weight are saved for backward;
+- `dense_act` for inference, with an activation in the same call where the library has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.inductor import compat, gemm
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.library import define
+from fuse_pass.ops.library import (
+    cast_for_autocast,
+    define,
+    define_autocast,
+    define_autograd,
+    differentiable_grads,
+    only_needed,
+    placeholders,
+)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -21,9 +36,36 @@ def rows_of(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
+def shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y [rows, features] → [..., features]`; no view for autograd: users may write into the result of a layer."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a [m, k] @ b [n, k].T + bias [n] → [m, n]`."""
     return _product(a, b, bias, _provider(a, b), None, ())
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`grad [rows, d_out].T @ x [rows, d_in] → [d_out, d_in]`, laid out like the weight.
+
+    A weight that is stored `[d_in, d_out]` and reaches us transposed would otherwise get a gradient to be copied.
+    """
+    if _is_column_major(weight):
+        return _product(x.t(), grad.t(), None, _provider(x.t(), grad.t(), weight_gradient=True), None, ()).t()
+    return _product(grad.t(), x.t(), None, _provider(grad.t(), x.t(), weight_gradient=True), None, ())
+
+
+def gradient_like(tensor: Tensor) -> Tensor:
+    """Uninitialised, with the shape and layout of a gradient of `tensor`."""
+    if tensor.dim() == 2 and _is_column_major(tensor):
+        return tensor.new_empty(tensor.shape[::-1]).t()
+    return tensor.new_empty(tensor.shape)
+
+
+def _is_column_major(matrix: Tensor) -> bool:
+    strides: list[int | None] = [stride if isinstance(stride, int) else None for stride in matrix.stride()]  # no guards
+    return strides[0] == 1 and strides[1] != 1
 
 
 def product_with_activation(
@@ -36,13 +78,25 @@ def product_with_activation(
     return row.forward(product(a, b, bias), tuple(arguments), weight)
 
 
-def _provider(a: Tensor, b: Tensor, *, with_activation: bool = False) -> str:
-    sizes = [compat.size_hint(size) for size in (*a.shape, b.shape[0])]
-    known = [size for size in sizes if size is not None]
-    flop = None
-    if len(known) == len(sizes):
-        flop = 2 * known[0] * known[1] * known[2]
-    return gemm.provider(a.device, a.dtype, flop, with_activation=with_activation)
+def pays(device: torch.device, dtype: torch.dtype, sizes: Sequence[int | torch.SymInt], *, act: str = "") -> bool:
+    """Whether another library than PyTorch's own choice is faster at `x [m, k] @ weight [n, k].T`.
+
+    Args:
+        device: of the operands.
+        dtype: in which the product is computed.
+        sizes: m, n and k.
+        act: an activation that follows in the same call.
+    """
+    hints = [compat.size_hint(size) for size in sizes]
+    if act:
+        post_op = ACTIVATIONS[act].post_op
+        return post_op is not None and gemm.provider(device, dtype, hints, with_activation=True) == gemm.ONEDNN
+    return gemm.provider(device, dtype, hints) != gemm.ATEN
+
+
+def _provider(a: Tensor, b: Tensor, *, with_activation: bool = False, weight_gradient: bool = False) -> str:
+    sizes = [compat.size_hint(size) for size in (a.shape[0], b.shape[0], a.shape[1])]
+    return gemm.provider(a.device, a.dtype, sizes, with_activation=with_activation, weight_gradient=weight_gradient)
 
 
 def _product(
@@ -98,3 +152,83 @@ define(
     dispatch_key="CPU",
     decompose=False,
 )
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return shaped_like_rows_of(x, product(rows_of(x), weight, bias))
+
+
+def _dense_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, act_arguments: Sequence[float]
+) -> Tensor:
+    y = product_with_activation(rows_of(x), weight, bias, activation, act_arguments, None)
+    return shaped_like_rows_of(x, y)
+
+
+def _dense_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; an empty tensor where `output_mask` is False."""
+    need_x, need_weight, need_bias = output_mask
+    grad = rows_of(grad_y)
+    no_x, no_weight, no_bias = placeholders(grad, 3)
+    return (
+        product(grad, weight.t()).view(x.shape) if need_x else no_x,
+        weight_gradient(grad, rows_of(x), weight) if need_weight else no_weight,
+        grad.sum(0) if need_bias else no_bias,
+    )
+
+
+def _dense_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _dense_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_weight, need_bias = output_mask
+    no_x, no_weight, no_bias = placeholders(grad_y, 3)
+    return (
+        x.new_empty(x.shape) if need_x else no_x,
+        gradient_like(weight) if need_weight else no_weight,
+        weight.new_empty(weight.shape[0]) if need_bias else no_bias,
+    )
+
+
+dense = define("dense", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _dense, _dense_fake)
+dense_act = define(
+    "dense_act",
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, float[] act_arguments) -> Tensor",
+    _dense_act,
+    _dense_fake,
+)
+dense_backward = define(
+    "dense_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    _dense_backward,
+    _dense_backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad)
+    if torch.is_grad_enabled():
+        grads = differentiable_grads(F.linear, (x, weight, bias), (), needed, grad_y)
+    else:
+        grads = torch.ops.fuse_pass.dense_backward(grad_y, x, weight, needed)
+    return only_needed(grads, needed, len(needed))
+
+
+define_autograd(dense, _setup, _autograd)
+for _op in (dense, dense_act):
+    for _device_type in ("cpu", "cuda"):
+        define_autocast(
+            _op,
+            _device_type,
+            lambda op, *args, device_type=_device_type: op(*(cast_for_autocast(a, device_type) for a in args)),
+        )

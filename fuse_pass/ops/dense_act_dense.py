@@ -21,13 +21,22 @@ from torch import Tensor
 
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.dense import product, product_with_activation, rows_of
+from fuse_pass.ops.dense import (
+    gradient_like,
+    product,
+    product_with_activation,
+    rows_of,
+    shaped_like_rows_of,
+    weight_gradient,
+)
 from fuse_pass.ops.library import (
     accumulation_dtype,
     cast_for_autocast,
     define,
     define_autocast,
     define_autograd,
+    differentiable_grads,
+    only_needed,
     placeholders,
 )
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
@@ -131,7 +140,7 @@ def _tail_backward(
     grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
     if need_weight2:
         a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
-        grad_weight2 = product(grad.t(), a.t())
+        grad_weight2 = weight_gradient(grad, a, weight2)
     if need_bias2:
         grad_bias2 = grad.sum(0)
     if need_h or need_act_weight:
@@ -176,17 +185,12 @@ def _backward(
     no_x, no_weight1, no_bias1 = placeholders(h, 3)
     return (
         product(grad_h, weight1.t()).view(x.shape) if need_x else no_x,
-        product(grad_h.t(), rows_of(x).t()) if need_weight1 else no_weight1,
+        weight_gradient(grad_h, rows_of(x), weight1) if need_weight1 else no_weight1,
         grad_h.sum(0) if need_bias1 else no_bias1,
         grad_weight2,
         grad_bias2,
         grad_act_weight,
     )
-
-
-def shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """`y [rows, features] → [..., features]`; no view for autograd: users may write into the result of a layer."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
 def output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:
@@ -207,7 +211,7 @@ def _fake(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: Any) -
 def fake_gradients(of: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
     empty = next(t for t in of if t is not None)
     return tuple(
-        t.new_empty(t.shape) if needed and t is not None else empty.new_empty(0)
+        gradient_like(t) if needed and t is not None else empty.new_empty(0)
         for t, needed in zip(of, output_mask, strict=True)
     )
 
@@ -339,31 +343,6 @@ def _tail_formula(
 def _formula(x: Tensor, weight1: Tensor, bias1: Tensor | None, *tail: Any) -> Tensor:
     """`dense_act_dense` in differentiable PyTorch, for second derivatives."""
     return _tail_formula(F.linear(x, weight1, bias1), *tail)
-
-
-def differentiable_grads(
-    formula: Callable[..., Tensor], tensors: Any, settings: tuple[Any, ...], needed: list[bool], grad_y: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients that can be differentiated again (`create_graph=True`).
-
-    By `torch.func.vjp`, which takes the arguments as independent even where one was computed from another.
-    """
-    wanted = [i for i, need in enumerate(needed) if need]
-
-    def of_wanted(*values: Tensor) -> Tensor:
-        arguments = list(tensors)
-        for i, value in zip(wanted, values, strict=True):
-            arguments[i] = value
-        return formula(*arguments, *settings)
-
-    _, vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))  # type: ignore[misc]  # 2 results without aux
-    grads = dict(zip(wanted, vjp(grad_y), strict=True))
-    return tuple(grads.get(i, grad_y) for i in range(len(needed)))
-
-
-def only_needed(grads: tuple[Tensor, ...], needed: list[bool], total: int) -> tuple[Tensor | None, ...]:
-    kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return (*kept, *(None,) * (total - len(kept)))
 
 
 define_autograd(dense_act_dense, _setup, _autograd)

@@ -22,16 +22,17 @@ from torch import Tensor
 
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.dense import product, rows_of
-from fuse_pass.ops.dense_act_dense import (
+from fuse_pass.ops.dense import product, rows_of, shaped_like_rows_of, weight_gradient
+from fuse_pass.ops.dense_act_dense import fake_gradients, number_of_rows, output_shape
+from fuse_pass.ops.library import (
+    cast_for_autocast,
+    define,
+    define_autocast,
+    define_autograd,
     differentiable_grads,
-    fake_gradients,
-    number_of_rows,
     only_needed,
-    output_shape,
-    shaped_like_rows_of,
+    placeholders,
 )
-from fuse_pass.ops.library import cast_for_autocast, define, define_autocast, define_autograd, placeholders
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 _TENSORS = (
@@ -118,7 +119,7 @@ def _backward(
     gate_value, up_value = _gate_and_up(h, up, gate_second, hidden_format)  # quantisation is straight through
     if need_weight2:
         a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format)
-        grads[5] = product(grad.t(), a.t())
+        grads[5] = weight_gradient(grad, a, weight2)
     if need_bias2:
         grads[6] = grad.sum(0)
     if any(need_first):
@@ -148,7 +149,7 @@ def _first_grads(
     need_x, need_weight, need_bias = needed
     return [
         product(grad, weight.t()) if need_x else otherwise[0],
-        product(grad.t(), rows.t()) if need_weight else otherwise[1],
+        weight_gradient(grad, rows, weight) if need_weight else otherwise[1],
         grad.sum(0) if need_bias else otherwise[2],
     ]
 

@@ -81,3 +81,29 @@ def placeholders(like: Tensor, count: int) -> list[Tensor]:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64, everything narrower is summed in float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def differentiable_grads(
+    formula: Callable[..., Tensor], tensors: Any, settings: tuple[Any, ...], needed: list[bool], grad_y: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of `formula(*tensors, *settings)` that can be differentiated again (`create_graph=True`).
+
+    By `torch.func.vjp`, which takes the arguments as independent even where one was computed from another.
+    """
+    wanted = [i for i, need in enumerate(needed) if need]
+
+    def of_wanted(*values: Tensor) -> Tensor:
+        arguments = list(tensors)
+        for i, value in zip(wanted, values, strict=True):
+            arguments[i] = value
+        return formula(*arguments, *settings)
+
+    _, vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))  # type: ignore[misc]  # 2 results without aux
+    grads = dict(zip(wanted, vjp(grad_y), strict=True))
+    return tuple(grads.get(i, grad_y) for i in range(len(needed)))
+
+
+def only_needed(grads: tuple[Tensor, ...], needed: list[bool], total: int) -> tuple[Tensor | None, ...]:
+    """What a backward returns for `total` arguments: the gradients that were asked for, and None."""
+    kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return (*kept, *(None,) * (total - len(kept)))

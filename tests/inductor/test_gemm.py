@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fuse_pass.inductor import compat, gemm
 
 CPU = torch.device("cpu")
-LARGE = 10 * gemm.MIN_FLOP
-VERDICTS = {"float32": gemm.ONEDNN, "float32+activation": gemm.ATEN}
+BREAK_EVEN = 4 * gemm.MIN_FLOP
+LARGE, MEDIUM, SMALL = (512, 256, 256), (100, 100, 100), (10, 10, 10)
+VERDICTS = {"float32": BREAK_EVEN}
 pytestmark = pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN")
 
 
@@ -24,7 +28,7 @@ class Probe:
     def __init__(self) -> None:
         self.runs = 0
 
-    def __call__(self) -> dict[str, str]:
+    def __call__(self) -> dict[str, int]:
         self.runs += 1
         return dict(VERDICTS)
 
@@ -51,7 +55,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def next_process() -> dict[str, str]:
+def next_process() -> dict[str, int]:
     gemm.table.cache_clear()
     return gemm.table()
 
@@ -59,7 +63,7 @@ def next_process() -> dict[str, str]:
 def test_probed_once_and_read_again(file: Path, probe: Probe) -> None:
     assert gemm.table() == VERDICTS
     written = json.loads(file.read_text())
-    assert written["providers"] == VERDICTS
+    assert written["break_even_flop"] == VERDICTS
     assert torch.__version__ in written["machine"]
     assert next_process() == VERDICTS
     assert gemm.table() == VERDICTS
@@ -69,8 +73,8 @@ def test_probed_once_and_read_again(file: Path, probe: Probe) -> None:
 
 def test_the_file_is_believed(file: Path, probe: Probe) -> None:
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"providers": {"float32": gemm.ATEN}}))
-    assert gemm.table() == {"float32": gemm.ATEN}
+    file.write_text(json.dumps({"break_even_flop": {"bfloat16": 77}}))
+    assert gemm.table() == {"bfloat16": 77}
     assert probe.runs == 0
 
 
@@ -78,7 +82,8 @@ def test_the_file_is_believed(file: Path, probe: Probe) -> None:
     "content",
     [
         *(b"", b"{", b"{}", b"[]", b"null", b"17", b'"x"', b"\xff\xfe\x00"),
-        *(b'{"providers": null}', b'{"providers": 3}', b'{"providers": "x"}'),
+        *(b'{"break_even_flop": null}', b'{"break_even_flop": 3}', b'{"break_even_flop": {"float32": "onednn"}}'),
+        b'{"providers": {"float32": "onednn"}}',  # of an earlier version
     ],
 )
 def test_a_corrupt_file_is_replaced(content: bytes, file: Path, probe: Probe) -> None:
@@ -87,7 +92,7 @@ def test_a_corrupt_file_is_replaced(content: bytes, file: Path, probe: Probe) ->
     assert gemm.table() == VERDICTS
     assert next_process() == VERDICTS
     assert probe.runs == 1
-    assert json.loads(file.read_text())["providers"] == VERDICTS
+    assert json.loads(file.read_text())["break_even_flop"] == VERDICTS
 
 
 def test_an_unwritable_cache_costs_only_a_probe(file: Path, probe: Probe) -> None:
@@ -119,10 +124,24 @@ def test_each_machine_version_and_thread_count_has_its_own_file(file: Path, monk
 
 
 def test_small_products_stay_with_aten(file: Path, probe: Probe) -> None:
-    assert gemm.provider(CPU, torch.float32, gemm.MIN_FLOP - 1) == gemm.ATEN
-    assert probe.runs == 0
-    assert gemm.provider(CPU, torch.float32, gemm.MIN_FLOP) == gemm.ONEDNN
-    assert gemm.provider(CPU, torch.float32, None) == gemm.ONEDNN
+    assert gemm.provider(CPU, torch.float32, SMALL) == gemm.ATEN
+    assert probe.runs == 0, "below MIN_FLOP nobody asks the probe"
+    assert 2 * math.prod(MEDIUM) < BREAK_EVEN <= 2 * math.prod(LARGE)
+    assert gemm.provider(CPU, torch.float32, MEDIUM) == gemm.ATEN
+    assert gemm.provider(CPU, torch.float32, LARGE) == gemm.ONEDNN
+    assert gemm.provider(CPU, torch.float32) == gemm.ONEDNN
+    assert gemm.provider(CPU, torch.float32, (None, 8, 8)) == gemm.ONEDNN, "an unknown size is taken as large"
+
+
+def test_thin_products_stay_with_aten(file: Path, probe: Probe) -> None:
+    many = 1_000_000
+    assert gemm.provider(CPU, torch.float32, (many, 3, many)) == gemm.ATEN
+    assert gemm.provider(CPU, torch.float32, (many, many, 1)) == gemm.ATEN, "an outer product"
+    assert gemm.provider(CPU, torch.float32, (None, None, 1)) == gemm.ATEN
+    assert gemm.provider(CPU, torch.float32, (1, many, many)) == gemm.ONEDNN, "one row is as good as many"
+    narrow = (many, 63, many)
+    assert gemm.provider(CPU, torch.float32, narrow) == gemm.ONEDNN
+    assert gemm.provider(CPU, torch.float32, narrow, weight_gradient=True) == gemm.ATEN
 
 
 def test_verdicts_are_per_dtype_and_epilogue(file: Path, probe: Probe) -> None:
@@ -139,14 +158,14 @@ def test_other_devices_stay_with_aten(dtype: torch.dtype, probe: Probe) -> None:
     assert probe.runs == 0
 
 
-@pytest.mark.parametrize("flop", [None, 10, LARGE])
+@pytest.mark.parametrize("sizes", [(), SMALL, LARGE])
 def test_float16_without_hardware_never_reaches_the_scalar_loop(
-    flop: int | None, monkeypatch: pytest.MonkeyPatch, file: Path, probe: Probe
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, file: Path, probe: Probe
 ) -> None:
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: False)
-    assert gemm.provider(CPU, torch.float16, flop) == gemm.VIA_FLOAT32
+    assert gemm.provider(CPU, torch.float16, sizes) == gemm.VIA_FLOAT32
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
-    assert gemm.provider(CPU, torch.float16, flop) == gemm.ATEN
+    assert gemm.provider(CPU, torch.float16, sizes) == gemm.ATEN
 
 
 def test_without_onednn_nothing_is_probed(monkeypatch: pytest.MonkeyPatch, file: Path, probe: Probe) -> None:
@@ -157,9 +176,9 @@ def test_without_onednn_nothing_is_probed(monkeypatch: pytest.MonkeyPatch, file:
     assert not file.exists()
 
 
-def assert_is_a_table(table: dict[str, str]) -> None:
-    assert {"float32", "float32+activation"} <= set(table)
-    assert set(table.values()) <= {gemm.ATEN, gemm.ONEDNN}
+def assert_is_a_table(table: dict[str, int]) -> None:
+    assert set(table) <= {name + suffix for name in ("float32", "bfloat16") for suffix in ("", "+activation")}
+    assert all(flop >= gemm.MIN_FLOP for flop in table.values())
 
 
 def test_the_real_probe(file: Path) -> None:
@@ -172,15 +191,13 @@ def test_the_real_probe(file: Path) -> None:
 def test_the_probe_works_in_the_middle_of_a_trace(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors, proxies and autocast active it still multiplies real float32 matrices."""
     seen = []
-    real = gemm._median_ratio
+    real = gemm._seconds_per_product
 
-    def watched(slow: object, fast: object) -> float:
-        result = slow()
-        outputs = result if isinstance(result, tuple) else (result,)
-        seen.extend((type(output), output.dtype) for output in outputs)
-        return real(slow, fast)
+    def watched(aten: Callable[[], list[torch.Tensor]], onednn: Callable[[], list[torch.Tensor]]) -> Any:
+        seen.extend((type(output), output.dtype) for output in (*aten(), *onednn()))
+        return real(aten, onednn)
 
-    monkeypatch.setattr(gemm, "_median_ratio", watched)
+    monkeypatch.setattr(gemm, "_seconds_per_product", watched)
     found = []
 
     def traced(x: torch.Tensor) -> torch.Tensor:
@@ -198,14 +215,23 @@ def test_the_probe_works_in_the_middle_of_a_trace(file: Path, monkeypatch: pytes
     assert torch.float32 in {dtype for _, dtype in seen}
 
 
-def test_a_tie_goes_to_aten(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for gain, chosen in ((gemm.MIN_GAIN, gemm.ATEN), (gemm.MIN_GAIN + 0.01, gemm.ONEDNN), (0.5, gemm.ATEN)):
-        monkeypatch.setattr(gemm, "_median_ratio", lambda slow, fast, gain=gain: gain)
-        assert set(gemm._probe().values()) == {chosen}
+def test_a_tie_goes_to_aten() -> None:
+    equal_calls = (1e-6, 1e-6)
+    for gain, chosen in ((gemm.MIN_GAIN, None), (gemm.MIN_GAIN + 0.01, 1 << 20), (0.5, None)):
+        assert gemm._break_even((gain * 1e-3, 1e-3), equal_calls) == chosen, gain
 
 
-def test_the_ratio_is_that_of_the_times() -> None:
-    import time
+def test_a_longer_call_moves_the_break_even() -> None:
+    """Twice as fast, saving 1 ms in the large product: a call that is 10 us longer is worth a hundredth of it."""
+    flop = gemm._break_even((2e-3, 1e-3), (2e-6, 12e-6))
+    hundredth = 2 * math.prod(gemm._LARGE) / 100
+    assert flop is not None
+    assert gemm._MARGIN * hundredth <= flop <= 2 * gemm._MARGIN * hundredth
+    assert flop & (flop - 1) == 0, "a power of two"
+    assert gemm._break_even((2e-3, 1e-3), (5e-6, 1e-6)) == 1 << 20, "a shorter call pays at once"
 
-    ratio = gemm._median_ratio(lambda: time.sleep(0.004), lambda: time.sleep(0.001))
-    assert 2 < ratio < 6
+
+def test_the_times_are_those_of_a_product() -> None:
+    aten, onednn = gemm._seconds_per_product(lambda: time.sleep(0.012), lambda: time.sleep(0.003))
+    assert aten / onednn > 2
+    assert 0.003 < aten < 0.03, "of three products"

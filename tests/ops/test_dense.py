@@ -13,6 +13,8 @@ from torch import Tensor
 from fuse_pass.inductor import compat, gemm
 from fuse_pass.ops import dense
 from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.patterns.dense import example_inputs
+from tests.ops.gradients import ROWS, assert_gradients_exact, run
 from tests.precision import assert_as_exact_as_eager
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,8 +43,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def prefer(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("float32", "bfloat16")
-    table = {name + suffix: library for name in names for suffix in ("", "+activation")}
+    chosen = ("float32", "bfloat16") if library == gemm.ONEDNN else ()
+    table = {name + suffix: gemm.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
     monkeypatch.setattr(gemm, "table", lambda: table)
 
 
@@ -230,11 +232,98 @@ def test_gemm_without_onednn_says_what_is_missing(monkeypatch: pytest.MonkeyPatc
 def test_unknown_sizes_choose_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    asked: list[int | None] = []
-    monkeypatch.setattr(gemm, "provider", lambda d, t, flop, **k: asked.append(flop) or gemm.ATEN)
+    asked: list[list[int | None]] = []
+    monkeypatch.setattr(gemm, "provider", lambda d, t, sizes, **k: asked.append(sizes) or gemm.ATEN)
     with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
         rows = mode.shape_env.create_unbacked_symint()
         torch._check(rows >= 2)
         dense.product(torch.empty(rows, 8), torch.empty(6, 8))
     dense.product(torch.ones(3, 8), torch.ones(6, 8))
-    assert asked == [None, 2 * 3 * 6 * 8]
+    assert asked == [[None, 6, 8], [3, 6, 8]]
+
+
+# --- the op -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who computed each product, in order."""
+    found: list[str] = []
+    real = gemm.provider
+
+    def noting(*arguments: Any, **options: Any) -> str:
+        found.append(real(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(gemm, "provider", noting)
+    return found
+
+
+def ours(values: dict[str, Any]) -> Tensor:
+    y: Tensor = torch.ops.fuse_pass.dense(values["x"], values["weight"], values["bias"])
+    return y
+
+
+def by_reference(values: dict[str, Any]) -> Tensor:
+    return F.linear(values["x"], values["weight"], values["bias"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", ROWS)
+def test_dense_as_exact_as_eager(rank: str, dtype: torch.dtype, bias: bool, library: str) -> None:
+    assert_gradients_exact(ours, by_reference, example_inputs(dtype, bias=bias, rows=ROWS[rank]))
+
+
+def test_dense_of_a_size_that_pays(library: str, chosen: list[str]) -> None:
+    assert_gradients_exact(ours, by_reference, example_inputs())
+    assert chosen == [library] * 3, "the value and two gradients"
+
+
+def test_second_gradients_of_dense() -> None:
+    tensors = list(example_inputs(torch.float64, rows=(2, 3)).values())
+    assert torch.autograd.gradcheck(torch.ops.fuse_pass.dense, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(torch.ops.fuse_pass.dense, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", [{"x"}, {"weight"}, {"bias"}, {"x", "bias"}])
+def test_only_wanted_gradients_are_computed(wanted: set[str], chosen: list[str]) -> None:
+    values = {name: value.detach().requires_grad_(name in wanted) for name, value in example_inputs().items()}
+    y = ours(values)
+    chosen.clear()
+    grads = torch.autograd.grad(y.sum(), [value for value in values.values() if value.requires_grad])
+    assert len(grads) == len(wanted)
+    assert len(chosen) == len(wanted - {"bias"})
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [False, True, False]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dense_passes_opcheck(transposed: bool, mask: list[bool]) -> None:
+    values = example_inputs(rows=(2, 3))
+    if transposed:
+        values["weight"] = LAYOUTS["column-major"](values["weight"].detach()).requires_grad_()
+    torch.library.opcheck(torch.ops.fuse_pass.dense.default, tuple(values.values()))
+    x, weight, bias = (value.detach() for value in values.values())
+    torch.library.opcheck(torch.ops.fuse_pass.dense_act.default, (x, weight, bias, "leaky_relu", [0.2]))
+    torch.library.opcheck(torch.ops.fuse_pass.dense_backward.default, (torch.ones(2, 3, 112), x, weight, mask))
+
+
+def test_autocast_casts_like_a_linear() -> None:
+    values = example_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(values).dtype is torch.bfloat16
+        plain = torch.ops.fuse_pass.dense_act(*(v.detach() for v in values.values()), "relu", [])
+        assert plain.dtype is torch.bfloat16
+        result, expected = run(ours, values), run(by_reference, values)
+    for name, value in result.items():
+        assert value.dtype is expected[name].dtype
+        torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2)
+
+
+def test_the_gradient_has_the_layout_of_the_weight() -> None:
+    grad, x = torch.randn(5, 6), torch.randn(5, 8)
+    for weight in (torch.empty(6, 8), torch.empty(8, 6).t(), torch.empty(6, 1), torch.empty(1, 8).t()):
+        x_here, grad_here = x[:, : weight.shape[1]], grad[:, :1].expand(5, weight.shape[0])
+        gradient = dense.weight_gradient(grad_here, x_here, weight)
+        assert gradient.stride() == weight.stride() == dense.gradient_like(weight).stride()
+        torch.testing.assert_close(gradient, grad_here.t() @ x_here)

@@ -1,0 +1,145 @@
+"""Every other Linear, where another library multiplies faster:  `y = x Wᵀ + b`, in inference also `y = act(x Wᵀ + b)`.
+
+Shapes: x `[..., d_in]`, W `[d_out, d_in]`, y `[..., d_out]`; the bias is optional.
+
+Applied last, to what no other pattern took: attention projections, heads, lone layers. A Linear that is as fast with
+PyTorch's own choice (small and thin ones, most dtypes and devices) is no candidate at all: it stays as it is and is not
+reported. A residual that is added stays outside, since Inductor adds it in the norm that follows at no cost.
+
+Declines when: the result is no contiguous tensor; a tensor is a subclass or on another device; the layer lies inside a
+functorch transform or a higher-order op that is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
+from torch.fx import Node
+
+from fuse_pass.graph.edit import Editor
+from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.shapes import same_shape, value_of
+from fuse_pass.graph.view import GraphView, Linear
+from fuse_pass.ops.dense import pays
+from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
+from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.report import Reason
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The formula in eager PyTorch."""
+    return F.linear(x, weight, bias)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, *, bias: bool = True, rows: tuple[int, ...] = (20, 30)
+) -> dict[str, Any]:
+    """Large enough for every break-even that was measured."""
+
+    def parameter(*shape: int) -> Tensor:
+        return (torch.randn(*shape, dtype=torch.float64) / math.sqrt(shape[-1])).to(dtype).requires_grad_()
+
+    return {
+        "x": torch.randn(*rows, 96, dtype=torch.float64).to(dtype).requires_grad_(),
+        "weight": parameter(112, 96),
+        "bias": parameter(112) if bias else None,
+    }
+
+
+# Called as f(x, weight, bias); each must be found once where the product pays.
+SPELLINGS: dict[str, Any] = {
+    "linear": F.linear,
+    "inactive dropout": lambda x, w, b: F.linear(F.dropout(x, 0.5, False), w, b),
+    "no bias": lambda x, w, b: F.linear(x, w),
+    "matmul": lambda x, w, b: x @ w.T + b,
+    "matmul, bias first": lambda x, w, b: b + torch.matmul(x, w.mT),
+    "matmul, no bias": lambda x, w, b: x.matmul(w.t()),
+    "matmul, weight stored [in, out]": lambda x, w, b: x @ w.t().contiguous(),
+    "addmm (Conv1D)": lambda x, w, b: torch.addmm(b, x.view(-1, x.size(-1)), w.t().contiguous()),
+    "read twice": lambda x, w, b: (lambda y: y + torch.sin(y))(F.linear(x, w, b)),
+}
+
+
+def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
+    for layer in view.linears.values():
+        sizes = _sizes(layer)
+        if sizes is not None and pays(*sizes):
+            activation = _activation_after(view, layer)
+            if activation is not None and pays(*sizes, act=activation.name):
+                yield _candidate(layer, activation)
+            else:
+                yield _candidate(layer, None)
+
+
+def _sizes(layer: Linear) -> tuple[torch.device, torch.dtype, tuple[Any, Any, Any]] | None:
+    """Device, dtype and sizes of the product; None where a bias is added in another dtype than it has."""
+    x, product, y = value_of(layer.input), value_of(layer.nodes[0]), value_of(layer.node)
+    bias = value_of(layer.bias)
+    if x is None or product is None or y is None or product.dtype is not y.dtype:
+        return None
+    if len(layer.nodes) > 1 and bias is not None and bias.dtype is not y.dtype:
+        return None
+    # Under autocast the dtype of the result is the one in which the product is computed.
+    return y.device, y.dtype, (math.prod(y.shape[:-1]), y.shape[-1], x.shape[-1])
+
+
+def _activation_after(view: GraphView, layer: Linear) -> FoundActivation | None:
+    """An activation that alone reads the layer, in inference: backward needs its input."""
+    value = value_of(layer.node)
+    if len(layer.node.users) != 1 or value is None or value.requires_grad:
+        return None
+    activation = activation_at(view, next(iter(layer.node.users)))
+    if activation is None or activation.problem is not None or activation.input is not layer.node:
+        return None
+    is_known = not any(isinstance(argument, Node) for argument in activation.arguments)
+    return activation if is_known and len(activation.nodes) == 1 else None
+
+
+def _candidate(layer: Linear, activation: FoundActivation | None) -> Candidate:
+    anchor = layer.node if activation is None else activation.nodes[0]
+    weight = value_of(layer.weight)
+    assert weight is not None
+    d_out, d_in = weight.shape[::-1] if layer.transposed else weight.shape
+    words = [f"{d_in} → {d_out}"] + ([] if activation is None else [activation.name.replace("_", " ")])
+    return Candidate(
+        anchor=anchor,
+        nodes=frozenset((*layer.nodes, anchor)),
+        outputs=(anchor,),
+        inputs={"x": layer.input, "weight": layer.weight, "bias": layer.bias},
+        constants={
+            "transposed": layer.transposed,
+            "activation": None if activation is None else activation.name,
+            "arguments": () if activation is None else activation.arguments,
+        },
+        variant=", ".join(words),
+    )
+
+
+def check(view: GraphView, candidate: Candidate) -> Problem | None:
+    y = value_of(candidate.anchor)
+    if y is None or not same_shape(y.stride(), make_contiguous_strides_for(y.shape)):
+        return Problem(Reason.LAYOUT, f"{candidate.anchor.name} is not contiguous", candidate.anchor)
+    return None
+
+
+def replace(editor: Editor, candidate: Candidate) -> None:
+    inputs, constants = candidate.inputs, candidate.constants
+    with editor.at(candidate.outputs, candidate.nodes):
+        weight = editor.call("t", inputs["weight"]) if constants["transposed"] else inputs["weight"]
+        arguments = (inputs["x"], weight, inputs["bias"])
+        if constants["activation"] is None:
+            y = editor.call(torch.ops.fuse_pass.dense.default, *arguments)
+        else:
+            activation = (constants["activation"], list(constants["arguments"]))
+            y = editor.call(torch.ops.fuse_pass.dense_act.default, *arguments, *activation)
+    editor.replace(candidate.anchor, y)
+    editor.erase(candidate.nodes)
+
+
+PATTERN = Pattern("dense", find, check, replace, reference, SPELLINGS, example_inputs)
