@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import operator
 import re
 from collections.abc import Iterator
@@ -205,23 +206,32 @@ class GraphView:
 
     def is_in_functorch(self, node: Node) -> bool:
         """Whether the node lies inside a torch.func transform (vmap, grad, jvp, …)."""
-        return sum(step for i, step in self._functorch_switches if i < self.position[node]) > 0
+        switches, depths = self._functorch_depths
+        return depths[bisect.bisect_left(switches, self.position[node])] > 0
+
+    @cached_property
+    def _functorch_depths(self) -> tuple[list[int], list[int]]:
+        """The switches' positions, and how many transforms are open before the first and after each."""
+        switches = [i for i, _ in self._functorch_switches]
+        return switches, list(itertools.accumulate((step for _, step in self._functorch_switches), initial=0))
 
     def autocast_stack(self, node: Node) -> list[tuple[Any, ...]]:
         """Arguments of the autocast regions of this graph that are open at a node, outermost first."""
-        stack: list[Node] = []
-        for candidate in self._autocast_switches:
-            if self.position[candidate] > self.position[node]:
-                break
-            if candidate.target is torch.amp.autocast_mode._enter_autocast:
-                stack.append(candidate)
-            else:
-                stack = [enter for enter in stack if enter is not candidate.args[0]]
-        return [enter.args for enter in stack]
+        switches, stacks = self._autocast_stacks
+        return [enter.args for enter in stacks[bisect.bisect_right(switches, self.position[node])]]
 
     @cached_property
-    def _autocast_switches(self) -> list[Node]:
-        return [node for node in self.nodes if barrier(node) is Reason.AUTOCAST]
+    def _autocast_stacks(self) -> tuple[list[int], list[list[Node]]]:
+        """The switches' positions, and what is open before the first and after each."""
+        switches, stacks = [], [list[Node]()]
+        for i, node in enumerate(self.nodes):
+            if barrier(node) is Reason.AUTOCAST:
+                switches.append(i)
+                if node.target is torch.amp.autocast_mode._enter_autocast:
+                    stacks.append([*stacks[-1], node])
+                else:
+                    stacks.append([enter for enter in stacks[-1] if enter is not node.args[0]])
+        return switches, stacks
 
 
 # Operations that may return their input or a view of it.
