@@ -7,6 +7,7 @@ Random models hold a pattern (or something that only looks like one) among distr
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections import Counter
@@ -66,7 +67,7 @@ def fuzz(
     seed: int,
     graphs: int,
     *,
-    near_misses: bool = False,
+    programs: Callable[[int], Program] = generate,
     level: str = "aot",
     until: Callable[[Summary], bool] = lambda summary: False,
 ) -> Summary:
@@ -75,13 +76,13 @@ def fuzz(
     Args:
         seed: of the first program.
         graphs: number of programs; those that eager PyTorch refuses do not count.
-        near_misses: programs with near misses instead of patterns.
+        programs: gives the program of a seed.
         level: what stands behind fuse_pass, one of `levels.LEVELS`.
         until: stops early where it holds.
     """
     summary = Summary()
     for now in _progress(seed, graphs, summary):
-        program = generate(now, near_misses=near_misses)
+        program = programs(now)
         summary.add(now, program, check(program.text(), level))
         if until(summary):
             break
@@ -117,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", choices=levels.LEVELS, default="aot", help="what compiles behind fuse_pass")
     parser.add_argument("--shrink", action="store_true", help="make failing models small before they are printed")
     options = parser.parse_args(arguments)
-    summary = fuzz(options.seed, options.graphs, near_misses=options.near_misses, level=options.level)
+    programs = functools.partial(generate, near_misses=options.near_misses)
+    summary = fuzz(options.seed, options.graphs, programs=programs, level=options.level)
     for seed, program, verdict in summary.failures:
         small = smallest(program, options.level) if options.shrink else program
         print(f"# seed {seed}: " + str(verdict).replace("\n", "\n# "))

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from random import Random
 
-from fuse_pass.testing import plants
 from fuse_pass.testing.builder import Builder
 from fuse_pass.testing.distractors import distract
 from fuse_pass.testing.near_misses import NEAR_MISSES
+from fuse_pass.testing.plants import block, dense_act_dense, dropout_norm, spelled
 from fuse_pass.testing.program import Program, Settings
 from fuse_pass.testing.sources import ROWS
 
-_PLANTS = (plants.spelled, plants.spelled, plants.dense_act_dense, plants.dropout_norm, plants.block)
+_PLANTS = (spelled, spelled, dense_act_dense, dropout_norm, block)
 
 
-def generate(seed: int, *, near_misses: bool = False) -> Program:
-    """The program of a seed; the same for ever, as long as the patterns have the same spellings."""
+def generate(
+    seed: int, *, near_misses: bool = False, plants: Sequence[Callable[[Builder], object]] | None = None
+) -> Program:
+    """The program of a seed; the same for ever, as long as the patterns have the same spellings.
+
+    Args:
+        seed: decides everything.
+        near_misses: plant what only looks like a pattern.
+        plants: what to plant, instead of the above.
+    """
     random = Random(seed)
     widths = random.choice(((8,), (24,), (24, 24), (8, 24)))
     b = Builder(random, [(*ROWS, width) for width in widths], distract)
     b.distract(0.5)
     for _ in range(random.choice((1, 1, 2))):
-        random.choice(NEAR_MISSES if near_misses else _PLANTS)(b)
+        random.choice(plants or (NEAR_MISSES if near_misses else _PLANTS))(b)
         b.distract(0.4)
     if near_misses and random.random() < 0.3:
         random.choice(_PLANTS)(b)
