@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.formats import Format
 from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_outputs
+from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cache_key import cache_key
 from fuse_pass.inductor.partition import RecomputeTags
@@ -111,9 +112,9 @@ class FuseBackend:
         fused = copy_graph_module(gm)
         for name, run in self._passes():
             try:
-                for graph, body_of in _graphs(fused):
+                for graph, body_of, autocast in _graphs(fused):
                     hoist_scalars(graph)
-                    report.extend(run(graph, Situation(own_random_numbers, body_of)))
+                    report.extend(run(graph, Situation(own_random_numbers, body_of, autocast)))
                 require_same_outputs(gm, fused)
             except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
                 if (
@@ -182,28 +183,38 @@ def _calls_our_ops(module: GraphModule) -> bool:
     )
 
 
-def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None]]:
-    """Every graph of a module, the bodies of higher-order ops first, with the op that keeps us from touching it."""
-    yield from _bodies(module, None)
-    yield module.graph, None
+_Autocast = tuple[tuple[Any, ...], ...]
 
 
-def _bodies(module: GraphModule, blocked_by: str | None) -> Iterator[tuple[Graph, str | None]]:
+def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None, _Autocast]]:
+    """Every graph of a module, the bodies of higher-order ops first, with what `Situation` tells about a body."""
+    yield from _bodies(module, None, ())
+    yield module.graph, None, ()
+
+
+def _bodies(
+    module: GraphModule, blocked_by: str | None, autocast: _Autocast
+) -> Iterator[tuple[Graph, str | None, _Autocast]]:
+    view = GraphView(module.graph, autocast)
     callers: dict[str, str | None] = {}
+    surroundings: dict[str, _Autocast] = {}
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             name = node.target.name()
             is_open = (
                 name in _OPEN_BODIES and "context_fn" not in node.kwargs and "_checkpoint_context_fn" not in node.meta
             )
+            regions = tuple(view.autocast_stack(node))
             for argument in node.all_input_nodes:
                 if argument.op == "get_attr":
-                    callers[str(argument.target)] = callers.get(str(argument.target)) or (None if is_open else name)
+                    body = str(argument.target)
+                    same = surroundings.setdefault(body, regions) == regions
+                    callers[body] = callers.get(body) or (None if is_open and same else name)
     for name, child in module.named_children():
         if isinstance(child, GraphModule):
-            reason = blocked_by or callers.get(name)
-            yield from _bodies(child, reason)
-            yield child.graph, reason
+            reason, regions = blocked_by or callers.get(name), surroundings.get(name, autocast)
+            yield from _bodies(child, reason, regions)
+            yield child.graph, reason, regions
 
 
 fuse_backend = FuseBackend()

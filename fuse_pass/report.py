@@ -34,7 +34,6 @@ class Reason(StrEnum):
     COST = "not worth it"
     OPAQUE = "hidden in one opaque call"
     QUANTIZATION = "quantised in between"
-    COST = "not worth fusing"
     NO_QUANTIZED_LAYER = "no quantised layer"
     EXCLUDED = "excluded"
     DYNAMIC_SCALE = "scale stays dynamic"
@@ -60,7 +59,6 @@ ADVICE: dict[Reason, str] = {
     Reason.COST: "nothing: PyTorch's own kernels are as fast here",
     Reason.OPAQUE: "compile with fuse_pass.compile",
     Reason.QUANTIZATION: "quantise inputs to a format without a scale, rounding to nearest",
-    Reason.COST: "nothing: PyTorch's own kernels are faster here",
     Reason.NO_QUANTIZED_LAYER: "use the `torch.nn` layer itself where a subclass is not needed",
     Reason.EXCLUDED: "nothing: the caller asked for it",
     Reason.DYNAMIC_SCALE: "nothing: the scale is taken from each tensor, as before calibration",

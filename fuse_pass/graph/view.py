@@ -6,7 +6,7 @@ import bisect
 import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,10 +55,16 @@ class Walk:
 
 
 class GraphView:
-    """Read-only answers about one graph; made anew after every change of the graph."""
+    """Read-only answers about one graph; made anew after every change of the graph.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: the graph.
+        autocast: arguments of the autocast regions in which the graph as a whole is called, outermost first.
+    """
+
+    def __init__(self, graph: Graph, autocast: Sequence[tuple[Any, ...]] = ()) -> None:
         self.graph = graph
+        self._autocast = autocast
         self.nodes = tuple(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self._ops: dict[Node, Op | None] = {}
@@ -216,9 +222,10 @@ class GraphView:
         return switches, list(itertools.accumulate((step for _, step in self._functorch_switches), initial=0))
 
     def autocast_stack(self, node: Node) -> list[tuple[Any, ...]]:
-        """Arguments of the autocast regions of this graph that are open at a node, outermost first."""
+        """Arguments of the autocast regions that are open at a node, outermost first."""
         switches, stacks = self._autocast_stacks
-        return [enter.args for enter in stacks[bisect.bisect_right(switches, self.position[node])]]
+        open_here = stacks[bisect.bisect_right(switches, self.position[node])]
+        return [*self._autocast, *(enter.args for enter in open_here)]
 
     @cached_property
     def _autocast_stacks(self) -> tuple[list[int], list[list[Node]]]:

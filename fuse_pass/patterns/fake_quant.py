@@ -106,7 +106,7 @@ def _by_target() -> dict[Any, Point]:
 
 def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
     """Quantises every reachable operation of one graph, in place; what is out of reach is declined with a reason."""
-    view = GraphView(graph)
+    view = GraphView(graph, situation.autocast)
     inserter = Inserter(view, spec)
     report = Report()
     for node in view.nodes:

@@ -24,10 +24,12 @@ class Situation:
     Attributes:
         own_random_numbers: False where the user asked for eager's random numbers.
         body_of: name of the higher-order op whose body the graph is, if our ops are not known to be safe in it.
+        autocast: arguments of the autocast regions in which that body is called, outermost first.
     """
 
     own_random_numbers: bool = True
     body_of: str | None = None
+    autocast: tuple[tuple[Any, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def hidden_in_encoder_layers(view: GraphView) -> Iterator[Candidate]:
 
 def apply(pattern: Pattern, graph: Graph, situation: Situation) -> Report:
     """Replaces every safe occurrence of a pattern in one graph, in place; near misses are declined with a reason."""
-    view = GraphView(graph)
+    view = GraphView(graph, situation.autocast)
     report = Report()
     accepted: list[Candidate] = []
     taken: set[Node] = set()
