@@ -43,6 +43,6 @@ def generate(
         grad=random.random() < 0.8,
         dynamic=dynamic,
         autocast=random.random() < 0.07,
-        special=random.random() < 0.07,
+        special=random.random() < 0.12 and batch > 0,
     )
     return b.program(settings, batch)
