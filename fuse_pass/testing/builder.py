@@ -81,7 +81,12 @@ class Builder:
         """`v = expression`; `like` is a value that may stand in for it when the program is shrunk."""
         value = Value(self.name("v"), shape, base)
         self.statements.append(
-            Statement(value.name, self._in_context(value.name, expression, base), _stand_in(value, like))
+            Statement(
+                value.name,
+                self._in_context(value.name, expression, base),
+                _stand_in(value, like),
+                shape if base and shape[:1] == ROWS[:1] else None,
+            )
         )
         self.values.append(value)
         return value

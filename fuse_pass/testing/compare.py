@@ -192,6 +192,7 @@ def _differences(ours: Runs, eager: Runs, exact: Runs, noise: dict[str, float] |
 def _structure(where: str, ours: Round, eager: Round) -> Iterator[Difference]:
     facts = {
         "number of outputs": (len(ours.outputs), len(eager.outputs)),
+        "requires_grad of outputs": (ours.requires_grad, eager.requires_grad),
         "aliases": (sorted(ours.aliases), sorted(eager.aliases)),
         "random draws": (ours.draws and not eager.draws, False),  # a dropout that nobody reads may go
         "state of the generator changes": (ours.moves_generator, eager.moves_generator),

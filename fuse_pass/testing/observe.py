@@ -23,6 +23,7 @@ class Round:
         outputs: what was returned, detached.
         grads: of inputs and parameters by name; None where there is none.
         inputs: the arguments as the call left them.
+        requires_grad: of the outputs.
         buffers: of the model, by name.
         aliases: which outputs share memory with which arguments or outputs.
         draws: whether a mask was drawn.
@@ -32,6 +33,7 @@ class Round:
     outputs: tuple[Tensor, ...]
     grads: dict[str, Tensor | None]
     inputs: tuple[Tensor, ...]
+    requires_grad: tuple[bool, ...]
     buffers: dict[str, Tensor]
     aliases: frozenset[tuple[str, str]]
     draws: bool
@@ -88,10 +90,10 @@ def _round(
         grads={
             **{f"input {j}": leaf.grad for j, leaf in enumerate(leaves)},
             **{f"parameter {name}": parameter.grad for name, parameter in model.named_parameters()},
-            **{f"requires_grad of output {j}": y.detach() if y.requires_grad else None for j, y in enumerate(outputs)},
         },
         inputs=tuple(x.detach() for x in inputs),
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
+        requires_grad=tuple(y.requires_grad for y in outputs),
         aliases=frozenset(_aliases(inputs, outputs)),
         draws=draws.any,
         moves_generator=not torch.equal(state, torch.get_rng_state()),

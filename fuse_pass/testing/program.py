@@ -41,11 +41,13 @@ class Statement:
         target: the value that it defines; empty if it only writes into others.
         lines: its text.
         stand_in: a value of the same shape and dtype that can take the target's place; empty if there is none.
+        shape: of the target, if an argument of `forward` can take its place; else None.
     """
 
     target: str
     lines: tuple[str, ...]
     stand_in: str = ""
+    shape: tuple[int, ...] | None = None
 
     def mentions(self, name: str) -> bool:
         return any(re.search(rf"\b{name}\b", line) for line in self.lines)
@@ -85,14 +87,17 @@ class Program:
     settings: Settings = Settings()
 
     def without(self, statement: Statement) -> Program | None:
-        """The program with the stand-in of the statement in its place; None where there is none."""
+        """The program with the stand-in of the statement, or a new argument, in its place; None where neither fits."""
         rest = [other for other in self.statements if other is not statement]
         later = self.statements[self.statements.index(statement) + 1 :]
         is_read = statement.target in self.outputs or any(other.mentions(statement.target) for other in later)
         if not statement.target or not is_read:
             return replace(self, statements=tuple(rest))
         if not statement.stand_in:
-            return None
+            if statement.shape is None:
+                return None
+            argument = Input(statement.target, (self.inputs[0].shape[0], *statement.shape[1:]))
+            return replace(self, inputs=(*self.inputs, argument), statements=tuple(rest))
         old, new = statement.target, statement.stand_in
         return replace(
             self,

@@ -40,6 +40,9 @@ def _smaller(program: Program) -> Iterator[Program]:
     for i, statement in enumerate(program.statements):  # end there
         if statement.target and i + 1 < len(program.statements):
             yield replace(program, statements=program.statements[: i + 1], outputs=(statement.target,))
+    for argument in program.inputs[1:]:
+        if not any(statement.mentions(argument.name) for statement in program.statements):
+            yield replace(program, inputs=tuple(other for other in program.inputs if other is not argument))
     plain = Settings(seed=program.settings.seed)
     for name in ("special", "dynamic", "autocast", "dtype", "grad", "training"):
         if getattr(program.settings, name) != getattr(plain, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,9 @@ class Fault:
 
         library = torch.library.Library("fuse_pass", "IMPL")
         try:
-            library.impl(self.op, faulty, "CompositeExplicitAutograd", allow_override=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+                library.impl(self.op, faulty, "CompositeExplicitAutograd", allow_override=True)
             yield
         finally:
             library._destroy()
@@ -163,7 +166,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("no 1/(1-p)", "dropout_norm", unscaled("x")),
     Fault("another mask than the seed's", "dropout_norm", with_argument("seed", lambda seed: seed + 1)),
     Fault("mask of the first call in every call", "dropout_norm", first_seen("seed")),
-    Fault("one dimension too many normalised", "dropout_norm", with_argument("normalized_dims", lambda n: min(n + 1, 2))),
+    Fault("one dimension too many normalised", "dropout_norm", with_argument(
+        "normalized_dims", lambda n: min(n + 1, 2))),
     Fault("residual counted twice", "dropout_norm", with_argument("residual", lambda r: 2 * r)),
     Fault("residual lost", "dropout_norm", with_argument("residual", torch.zeros_like)),
     Fault("norm weight not applied", "dropout_norm", without("weight")),
@@ -201,7 +205,8 @@ FAULTS: tuple[Fault, ...] = (
         "act_arguments", lambda constants: [1.01 * constant for constant in constants]), (with_leaky_relu,)),
     Fault("pre-activation lost for backward", "dense_act_dense", with_result(1, of_zeros)),
     Fault("bias dropped in inference", "dense_act_dense_inference", without("bias1")),
-    Fault("activation forgotten in inference", "dense_act_dense_inference", with_argument("activation", lambda n: "relu")),
+    Fault("another activation in inference", "dense_act_dense_inference", with_argument(
+        "activation", lambda name: "relu")),
     Fault("bias dropped in a chain", "act_dense", without("bias2"), (chain,)),
     Fault("gradient of the first bias missing", "dense_act_dense_backward", with_result(2, of_zeros)),
     Fault("gradient of the second weight missing", "dense_act_dense_backward", with_result(3, of_zeros)),

@@ -45,7 +45,9 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_stays_right(name: str) -> None:
     requires_grad, lines, outputs, settings, matches = PROGRAMS[name]
-    program = Program((Input("x0", (3, 5, 24), requires_grad),), (Statement("", lines),), (outputs,), MEMBERS, {}, settings)
+    program = Program(
+        (Input("x0", (3, 5, 24), requires_grad),), (Statement("", lines),), (outputs,), MEMBERS, {}, settings
+    )
     verdict = check(program.text())
     assert verdict.status is Status.RIGHT, str(verdict)
     assert verdict.report.counts().total() == matches
