@@ -98,7 +98,10 @@ class Contenders:
 
 
 def contenders(row: Row, device: str, progress: Callable[[str], None]) -> Contenders:
-    """Builds the row's model and compiles every contender; progress gets a word for each."""
+    """Builds the row's model and compiles every contender; progress gets a word for each.
+
+    A setting that cannot compile the model is left out, with a word; eager, torch.compile as it is and fuse_pass must.
+    """
     built = row.build()
     example = Example(built.model.to(device), placed(built.args, device), placed(built.kwargs, device))
     eager = _copy(example, row)
@@ -106,13 +109,23 @@ def contenders(row: Row, device: str, progress: Callable[[str], None]) -> Conten
     for name, settings in _settings(row).items():
         own = _copy(example, row)
         step = Step(torch.compile(own_function(own.model), **settings), own, row)
-        with _surroundings(name, result.report):
-            start = time.perf_counter()
-            step()
-            result.first_call_seconds[name] = time.perf_counter() - start
+        try:
+            result.first_call_seconds[name] = _first_call(name, step, result.report)
+        except Exception as error:
+            if name not in (FREEZING, MAX_AUTOTUNE):
+                raise
+            progress(f"{name} failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+            continue
         progress(f"{name} {result.first_call_seconds[name]:.1f} s")
         result.steps[name] = step
     return result
+
+
+def _first_call(name: str, step: Step, report: Report) -> float:
+    with _surroundings(name, report):
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
 
 
 def _settings(row: Row) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,7 @@ class Cost:
         build: the two calls, ours and the baseline.
         needs: a package without which there is no baseline.
         rounds: the fewest to measure.
+        is_reference: whether it is made of a reference model, which only a checkout has.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Cost:
     build: Callable[[str], tuple[Callable[[], object], Callable[[], object]]]
     needs: str | None = None
     rounds: int = timing.MIN_ROUNDS
+    is_reference: bool = False
 
     @property
     def is_available(self) -> bool:
@@ -72,7 +74,7 @@ def _training(fmt: str) -> Cost:
         quantised, plain = (_training_step(FuseBackend(quantize=spec), device) for spec in (fmt, None))
         return quantised, plain
 
-    return Cost(f"numbers/training/bert/{fmt}", "float32", build)
+    return Cost(f"numbers/training/bert/{fmt}", "float32", build, is_reference=True)
 
 
 def _training_step(backend: FuseBackend, device: str) -> Step:

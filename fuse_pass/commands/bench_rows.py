@@ -29,6 +29,7 @@ class Row:
         passes: how often memory as large as the first input must at least be read or written; None where that is
             taken from parameters, inputs and outputs.
         autotune: whether torch.compile with max-autotune takes part in inference; it takes minutes to compile models.
+        is_reference: whether it is made of a reference model, which only a checkout has.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     autocast: torch.dtype | None = None
     passes: int | None = None
     autotune: bool = True
+    is_reference: bool = False
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -87,9 +89,9 @@ def _vit() -> Example:
 
 def _transformer(name: str, build: Callable[[], Example]) -> tuple[Row, ...]:
     return (
-        Row(f"{name}/fp32/infer", build, train=False),
-        Row(f"{name}/fp32/train", build, train=True),
-        Row(f"{name}/bf16-autocast/train", build, train=True, autocast=torch.bfloat16),
+        Row(f"{name}/fp32/infer", build, train=False, is_reference=True),
+        Row(f"{name}/fp32/train", build, train=True, is_reference=True),
+        Row(f"{name}/bf16-autocast/train", build, train=True, autocast=torch.bfloat16, is_reference=True),
     )
 
 
@@ -98,7 +100,10 @@ def _reference(name: str, batch: int, prefix: str) -> tuple[Row, ...]:
         module = reference_models().load(name)
         return Example(module.build(), module.example_inputs(batch=batch))
 
-    return tuple(Row(f"{prefix}/{name}/{_mode(train)}", build, train, autotune=False) for train in (False, True))
+    return tuple(
+        Row(f"{prefix}/{name}/{_mode(train)}", build, train, autotune=False, is_reference=True)
+        for train in (False, True)
+    )
 
 
 def _operations() -> tuple[Row, ...]:

@@ -46,7 +46,9 @@ def _speed_table(results: list[Result], table_format: str) -> str:
         "row", EAGER, STOCK, "best setting", OURS, "× eager", VS_STOCK, "× best", "of limit", "saved", "first call",
     ]  # fmt: skip
     rows = [_speed_row(result) for result in results]
-    return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", *("right",) * 10))
+    return tabulate(
+        rows, headers=headers, tablefmt=table_format, disable_numparse=True, colalign=("left", *("right",) * 10)
+    )
 
 
 def _speed_row(result: Result) -> list[str]:
@@ -88,7 +90,13 @@ def _cost_table(results: list[Result], table_format: str) -> str:
         for result in results
     ]
     headers = ["cost", OURS, "against", "baseline", "takes"]
-    return tabulate(rows, headers=headers, tablefmt=table_format, colalign=("left", "right", "left", "right", "right"))
+    return tabulate(
+        rows,
+        headers=headers,
+        tablefmt=table_format,
+        disable_numparse=True,
+        colalign=("left", "right", "left", "right", "right"),
+    )
 
 
 def _target_table(judged: list[list[Outcome]], table_format: str) -> str:

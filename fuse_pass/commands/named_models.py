@@ -107,6 +107,6 @@ def reference_models() -> Any:
 
 def _no_reference_models() -> Any:
     raise CommandError(
-        "the reference models are in the source tree of fuse_pass: run this in a checkout, "
-        "or name a model of your own as package.module:function"
+        "the reference models are in the source tree of fuse_pass, not in the installed package: "
+        "run this in a checkout, or name a model of your own as package.module:function"
     )

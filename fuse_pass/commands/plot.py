@@ -38,9 +38,10 @@ def draw(run: Run, path: Path) -> None:
 
     figure = Figure(figsize=(_WIDTH_INCHES, _MARGIN_INCHES + _ROW_INCHES * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
-    _bars(figure.add_subplot(), results)
-    figure.suptitle("How many times faster fuse_pass is than torch.compile", fontsize=13, color=_INK)
-    figure.legend(handles=_legend(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    axes = figure.add_subplot()
+    _bars(axes, results)
+    axes.set_title("How many times faster fuse_pass is than torch.compile", fontsize=13, color=_INK, pad=26)
+    axes.legend(handles=_legend(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
     figure.supxlabel(timing.described(run.machine), fontsize=7, color=_INK)
     figure.savefig(path, dpi=150)
 
@@ -85,7 +86,7 @@ def _scale(axes: Any, low: float, high: float) -> None:
     """Ticks at powers of two, labelled as ratios, with room for the numbers at both ends."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    left, right = low / 1.25, high * 1.3
+    left, right = low / 1.35, high * 1.4
     axes.set_xlim(left, right)
     powers = [2.0**exponent for exponent in range(-6, 11)]
     axes.xaxis.set_major_locator(FixedLocator([power for power in powers if left <= power <= right]))

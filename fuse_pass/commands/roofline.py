@@ -20,8 +20,8 @@ from fuse_pass.commands.timing import seconds
 from fuse_pass.inductor import compat
 
 PRODUCTS, MEMORY = "products", "memory"
-_SHAPES = ((512, 768, 3072), (512, 3072, 768), (4096, 768, 3072))
-_REPEATS = 9
+_SHAPES = ((512, 768, 3072), (512, 3072, 768), (2048, 768, 3072))
+_REPEATS = 7
 _LARGEST_COPY = 1 << 28
 # Below this time a call is dispatch and no limit of the machine.
 MIN_SECONDS = 20e-6
