@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="ROW",
         help=f"rows by name, by glob ('*/train') or by group: {', '.join(GROUPS)}; without any: {' '.join(_DEFAULT)}, "
-        "10 to 15 minutes (all: about an hour)",
+        "about 10 minutes (all: about 30)",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows that would be measured")
     parser.add_argument(

@@ -110,15 +110,20 @@ def _spread(values: list[float]) -> Spread:
 
 
 def write(run: Run, path: Path) -> None:
-    """Writes a run as JSON; seconds, bytes and FLOP are named in the keys, numbers have 4 digits."""
-    content = {
+    """Writes a run as JSON, a line per row; seconds, bytes and FLOP are named in the keys, numbers have 4 digits."""
+    head = {
         "version": _VERSION,
         "machine": run.machine,
         "product_rates_flop_per_second": run.product_rates,
         "copy_rate_bytes_per_second": run.copy_rate,
-        "results": [dataclasses.asdict(result) for result in run.results],
     }
-    path.write_text(json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n")
+    fields = [f' "{key}": {_text(value)}' for key, value in head.items()]
+    rows = ",\n".join(f"  {_text(dataclasses.asdict(result))}" for result in run.results)
+    path.write_text("{\n" + ",\n".join([*fields, f' "results": [\n{rows}\n ]']) + "\n}\n")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(_rounded(value), ensure_ascii=False)
 
 
 def read(path: Path) -> Run:

@@ -27,7 +27,7 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No warm-up, small products for the rates, no minutes of autotuning: figures mean nothing, all else is the same."""
+    """No warm-up, small products, no autotuning: the figures mean nothing, all else is the same."""
     monkeypatch.setattr(bench, "warm_up", lambda device: None)
     monkeypatch.setattr(roofline, "_SHAPES", ((64, 96, 128),))
     monkeypatch.setattr(
