@@ -36,8 +36,8 @@ class BertConfig:
 
 CONFIG = BertConfig()
 EXPECTED = {
-    "train": {"dense_act_dense": 2, "dropout_norm": 5},
-    "eval": {"dense_act_dense": 2, "dropout_norm": 5},
+    "train": {"dense_act_dense": 3, "dropout_norm": 5},
+    "eval": {"dense_act_dense": 3, "dropout_norm": 5},
 }
 
 

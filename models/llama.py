@@ -36,7 +36,10 @@ class LlamaConfig:
 
 
 CONFIG = LlamaConfig()
-EXPECTED = {"train": {"dropout_norm": 4}, "eval": {"dropout_norm": 4}}
+EXPECTED = {
+    "train": {"gated_dense": 2, "dropout_norm": 4},
+    "eval": {"gated_dense": 2, "dropout_norm": 4},
+}
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:

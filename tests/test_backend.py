@@ -37,7 +37,8 @@ BOTH = {"dense_act_dense": 1, "dropout_norm": 1}
 def test_equality_and_hash_follow_the_configuration() -> None:
     assert FuseBackend() == fuse_backend
     assert hash(FuseBackend()) == hash(fuse_backend)
-    assert FuseBackend(["dense", "dropout_norm", "dense_act_dense"]) == fuse_backend, "order does not matter"
+    names = ["dense", "dropout_norm", "dense_act_dense", "gated_dense"]
+    assert FuseBackend(names) == fuse_backend, "order does not matter"
     assert FuseBackend(["dropout_norm"]) != fuse_backend
     assert FuseBackend(strict=True) != fuse_backend
     assert fuse_backend != "fuse_pass"
@@ -48,7 +49,7 @@ def test_equality_and_hash_follow_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"patterns": ["dense_gelu"]}, ValueError, "unknown pattern 'dense_gelu'; valid names are dense_act_dense"),
+        ({"patterns": ["dense_gelu"]}, ValueError, "unknown pattern 'dense_gelu'; valid names are gated_dense, dense"),
         ({"patterns": "dropout_norm"}, TypeError, "collection of names"),
         ({"strict": 1}, TypeError, "strict: expected a bool, got 1"),
     ],
