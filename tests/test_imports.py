@@ -30,6 +30,7 @@ ALLOWED = {
     "analysis": {"backend", "report"},
     "front": {"backend", "convert", "formats", "spec"},
     "commands": {"analysis", "backend", "inductor", "machine", "patterns", "quantize", "report"},
+    "testing": {"backend", "inductor", "ops", "patterns", "report"},
     "cli": {"commands"},
     "__main__": {"cli"},
     "__init__": {"analysis", "backend", "calibrate", "convert", "formats", "front", "nn", "quantize", "report", "spec"},
