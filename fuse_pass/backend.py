@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -109,31 +110,29 @@ class FuseBackend:
         Returns the copy and the report, or `gm` itself where nothing matched or a pass failed.
         """
         report = Report(graphs=1)
-        fused = copy_graph_module(gm)
-        for name, run in self._passes():
-            try:
+        fallback, known = gm, Report(graphs=1)
+        step = "copying the graph"
+        try:
+            fused = copy_graph_module(gm)
+            for name, run in self._passes():
+                step = f"pattern {name}"
                 for graph, body_of, autocast in _graphs(fused):
                     hoist_scalars(graph)
                     report.extend(run(graph, Situation(own_random_numbers, body_of, autocast)))
                 require_same_outputs(gm, fused)
-            except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
-                if (
-                    self.strict or name == fake_quant.NAME
-                ):  # without the numbers that were asked for, it is another model
-                    raise
-                warnings.warn(
-                    f"fuse_pass: pattern {name} failed ({type(error).__name__}: {error}); "
-                    "this graph is compiled without fusions. FuseBackend(strict=True) raises instead",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return gm, Report(graphs=1)
-        if not report.matches:
-            return gm, report
-        for module in fused.modules():
-            if isinstance(module, GraphModule):
-                module.recompile()
-        return fused, report
+                if name == fake_quant.NAME and report.matches:
+                    fallback, known = _recompiled(copy_graph_module(fused)), copy.deepcopy(report)
+        except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
+            if self.strict or (self.quantize is not None and fallback is gm):  # unquantised, it would be another model
+                raise
+            warnings.warn(
+                f"fuse_pass: {step} failed ({type(error).__name__}: {error}); "
+                "this graph is compiled without fusions. FuseBackend(strict=True) raises instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return fallback, known
+        return (_recompiled(fused), report) if report.matches else (gm, report)
 
     def _passes(self) -> Iterator[tuple[str, Callable[[Graph, Situation], Report]]]:
         """What runs over every graph, in order; fusion comes last, so that it sees the quantised operands."""
@@ -141,6 +140,14 @@ class FuseBackend:
             yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.quantize)
         for name in self.patterns:
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name])
+
+
+def _recompiled(module: GraphModule) -> GraphModule:
+    """The module, whose code and whose sub-graphs' code is that of the graphs again."""
+    for child in module.modules():
+        if isinstance(child, GraphModule):
+            child.recompile()
+    return module
 
 
 def _require_stateless(spec: QuantSpec) -> None:

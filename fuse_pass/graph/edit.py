@@ -222,4 +222,7 @@ def require_same_outputs(before: GraphModule, after: GraphModule) -> None:
 
 
 def _outputs(module: GraphModule) -> list[Node]:
-    return list(module.graph.output_node().all_input_nodes)
+    """In order; one that is returned twice is there twice."""
+    found: list[Node] = []
+    map_arg(module.graph.output_node().args, found.append)
+    return found
