@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fuse_pass.formats import BlockFormat, FixedFormat, FloatFormat, Granularity, IntFormat, formats
+from fuse_pass.ops import rounding as core
+from fuse_pass.ops.fake_quantize_int import round_to_multiples
 from fuse_pass.quantize import FloatPrecisionSimulator, absmax_quantize, fake_quantize
 from tests.ops.test_rounding import same_bits
 from tests.oracle import DETERMINISTIC, Table, exact_round
@@ -160,6 +162,22 @@ def test_gradient_of_a_learnt_scale() -> None:
     grad_x, grad_scale = torch.autograd.grad(y.sum(), (x, scale))
     assert grad_x.tolist() == [1, 1, 0, 0]
     assert grad_scale.item() == pytest.approx((1 - 0.6) + (-5 + 5.2) + 7 - 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("mode", "exact"), [("nearest", round), ("towards_zero", math.trunc)])
+def test_integers_that_processors_round_to(dtype: torch.dtype, mode: str, exact: Any) -> None:
+    top = 2.0 ** -round(math.log2(torch.finfo(dtype).eps))
+    numbers = [0.5, 1.5, 2.5, 0.2, 0.75, 126.5, top - 0.5, top - 1.5, top / 2 + 0.5, top + 1, 3e30, 1e-40, 0.0]
+    x = torch.tensor([*numbers, *(-v for v in numbers)], dtype=dtype)
+    expected = torch.tensor([float(exact(v)) for v in x.tolist()], dtype=dtype)
+    carrier = core.compute_carrier(dtype)
+    y = round_to_multiples(x, carrier, 0, mode)
+    assert torch.equal(y.view(carrier.int_dtype), expected.view(carrier.int_dtype)), "no −0 either"
+    compiled = torch.compile(lambda x: round_to_multiples(x, carrier, 0, mode), fullgraph=True)(x)
+    assert torch.equal(compiled.view(carrier.int_dtype), y.view(carrier.int_dtype))
+    ends = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype)
+    assert torch.equal(round_to_multiples(ends, carrier, 0, mode).nan_to_num(7), ends.nan_to_num(7))
 
 
 def test_asymmetric_integers_hold_zero_exactly() -> None:

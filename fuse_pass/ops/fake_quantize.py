@@ -6,6 +6,10 @@ x and y `[...]`, float16, bfloat16, float32 or float64. Half types go through fl
 through float64 for the few formats with a wider exponent; never through a cast to the format's own dtype, because
 Inductor removes pairs of casts (pytorch issue 185337). Infinities that the format has, NaN and the sign of zero
 stay. Overflow is judged after rounding with unlimited exponents (IEEE 754-2019 §7.4).
+
+On CPU half types cost more than float32: 0.9 ns an element against 0.2 on one Zen 5 core (torch 2.13). 0.7 of it are
+Inductor's two bit casts, which go through memory where kernels read and write half types; 16-bit integers would be
+worse (3.8 ns), for it generates no vector code with them.
 """
 
 from __future__ import annotations

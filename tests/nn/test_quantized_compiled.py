@@ -221,3 +221,24 @@ def test_packed_sequences_train(kind: type[nn.Module], mode: int) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses
+
+
+@pytest.mark.parametrize("kind", [QuantizedRNN, QuantizedLSTM, QuantizedGRU])
+def test_packed_sequences_compile_with_graph_breaks(kind: type[nn.Module]) -> None:
+    eager = kind(3, 8, num_layers=2, bidirectional=True, spec=QuantSpec.uniform(FORMAT))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, backend="aot_eager")
+    for lengths in ([3, 1, 2], [2, 2, 1]):
+        x = torch.randn(3, max(lengths), 3)
+        packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+        (ours, state), (expected, expected_state) = compiled(packed), eager(packed)
+        assert torch.equal(ours.data, expected.data)
+        assert torch.equal(ours.unsorted_indices, expected.unsorted_indices)
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(state), tensors_of(expected_state), strict=True))
+        ours.data.sum().backward()
+        expected.data.sum().backward()
+        for a, b in zip(twin.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="data-dependent"):
+        torch.compile(eager, backend="aot_eager", fullgraph=True)(packed)

@@ -6,6 +6,9 @@
 They derive from `nn.RNNBase` and not from `nn.LSTM` and its like: Dynamo refuses every instance of those three, and
 these must compile without a graph break. All else is as in `torch.nn`: several layers, both directions, dropout,
 projections, packed sequences, batch-less input, the same state dict. `batch_first` is True by default.
+
+The batch sizes of a packed sequence are data, on which the number of steps depends: such input compiles with graph
+breaks, to the same bits, and not with `fullgraph=True`, where padded input does.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ class _Recurrent(QuantizedLayer, nn.RNNBase):
         raise NotImplementedError
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As `torch.nn`: input `[B, T, F]` (or `[T, F]`, or a PackedSequence) → output and final state."""
+        """As `torch.nn`: input `[B, T, F]` (or `[T, F]`, or a PackedSequence) → output and final state.
+
+        A PackedSequence cannot be compiled with `fullgraph=True`; without it, it can.
+        """
         packed = input if isinstance(input, PackedSequence) else None
         data, batch_sizes, batched = self._steps_first(input)
         state = self._initial_state(data, batch_sizes, hx, packed, batched=batched)
