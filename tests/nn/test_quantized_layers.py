@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fuse_pass import nn as fuse_nn
@@ -82,6 +86,10 @@ def test_goes_to_quantized_and_back(sample: Sample) -> None:
         assert list(other.state_dict()) == list(layer.state_dict())
         assert all(a is b for a, b in zip(other.parameters(), layer.parameters(), strict=True)), "the same parameters"
     assert layer.load_state_dict(quantized.state_dict()).missing_keys == []
+    other = LAYER_FOR[sample.type].from_float(sample.layer(), NARROW)
+    other.load_state_dict(layer.state_dict())
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, layer.state_dict()[name]), name
     inputs = sample.inputs()
     twin = copy.deepcopy(back)  # the two share their statistics
     assert_equal(run(twin, inputs, sample.call), run(layer, inputs, sample.call), sample)
@@ -118,7 +126,29 @@ def test_copies_and_pickles(sample: Sample) -> None:
             assert torch.equal(a, b)
     wide = copy.deepcopy(quantized).to(torch.float64)
     assert all(p.dtype is torch.float64 for p in wide.parameters())
+    assert all(t.is_meta for t in copy.deepcopy(quantized).to("meta").state_dict().values())
     assert "fp8_e5m2" in repr(quantized)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_every_layer_with_parameters_trains_data_parallel() -> None:
+    for sample in {s.type: s for s in reversed(SAMPLES)}.values():
+        torch.manual_seed(0)
+        alone, inputs = LAYER_FOR[sample.type].from_float(sample.layer(), NARROW), sample.inputs()
+        if not list(alone.parameters()):
+            continue  # which DistributedDataParallel refuses
+        twin = copy.deepcopy(alone)
+        run(DistributedDataParallel(twin), inputs, sample.call)
+        run(alone, inputs, sample.call)
+        for (name, a), b in zip(twin.named_parameters(), alone.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad), f"{sample.id}: {name}"
 
 
 @every_layer
