@@ -165,6 +165,21 @@ def test_compiles_whole_and_equals_eager(sample: Sample, rounding: str) -> None:
         assert torch.equal(a, b)
 
 
+@every_layer
+@pytest.mark.parametrize("spec", [NARROW, QuantSpec.uniform("int8"), QuantSpec.uniform("mxfp4")], ids=str)
+def test_zeros_have_a_scale(sample: Sample, spec: QuantSpec) -> None:
+    """All-zero weights and inputs, from which no scale follows: no NaN, and zeros where the layer gives zeros."""
+    layer = sample.layer().eval()
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    inputs = tuple(x.new_zeros(x.shape) for x in sample.inputs())
+    quantized = LAYER_FOR[sample.type].from_float(copy.deepcopy(layer), spec)
+    ours, theirs = (tensors_of(model(*inputs, **sample.call)) for model in (quantized, layer))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.equal(a == 0, b == 0)
+
+
 def test_only_the_exact_type_is_accepted() -> None:
     class Special(nn.Linear):
         pass
