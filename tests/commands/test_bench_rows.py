@@ -75,6 +75,16 @@ def test_tiny_rows_have_batch_1_and_width_32(row: Row) -> None:
     Step(example.model, example, row)()
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name.startswith("models/")], ids=lambda row: row.name)
+def test_reference_models_take_a_step(row: Row) -> None:
+    example = row.build()
+    assert len(example.args[0]) == 8
+    step = Step(example.model.train(row.train), example, row)
+    step()
+    has_gradients = any(parameter.grad is not None for parameter in example.model.parameters())
+    assert has_gradients == row.train
+
+
 def test_product_dtype_is_that_of_autocast() -> None:
     row = Row("a", lambda: Example(torch.nn.Identity(), ()), train=False)
     assert row.product_dtype is torch.float32
