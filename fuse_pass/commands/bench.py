@@ -90,6 +90,8 @@ def _check(options: argparse.Namespace) -> None:
             raise CommandError(f"{name}: expected a file in a folder that exists, got {file}; create the folder first")
     if options.plot is not None:
         plot.require(options.plot)
+    if options.readme is not None:
+        bench_tables.require(options.readme)
 
 
 def _selected(options: argparse.Namespace) -> tuple[list[Row], list[Cost]]:
@@ -154,8 +156,8 @@ def _compared(row: Row, rate: float, options: argparse.Namespace) -> Result:
         row.name,
         row.train,
         **bench_results.timed(samples),
-        limit_seconds=limit.seconds if limit.seconds >= roofline.MIN_SECONDS else None,
-        limited_by=limit.by if limit.seconds >= roofline.MIN_SECONDS else None,
+        limit_seconds=limit.seconds if limit.is_meaningful else None,
+        limited_by=limit.by if limit.is_meaningful else None,
         saved_bytes={name: step.saved_bytes() for name, step in found.steps.items()} if row.train else {},
         first_call_seconds=found.first_call_seconds,
         fused=dict(found.report.counts()),

@@ -128,17 +128,35 @@ def with_section(readme: str, run: Run) -> str:
     Raises:
         CommandError: the markers are not there, once and in order.
     """
+    before, after = _around(readme)
+    return f"{before}{BEGIN}\n\n{tables(run, 'github')}\n\n{END}{after}"
+
+
+def require(readme: Path) -> None:
+    """Checks that a README has a place for a run.
+
+    Raises:
+        CommandError: it cannot be read, or the markers are not there.
+    """
+    _around(_text(readme))
+
+
+def _around(readme: str) -> tuple[str, str]:
+    """What stands before and after the markers."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
         raise CommandError(f"expected one line {BEGIN} and below it one line {END}; put them where the figures belong")
-    return f"{before}{BEGIN}\n\n{tables(run, 'github')}\n\n{END}{after}"
+    return before, after
 
 
 def rewrite(readme: Path, run: Run) -> None:
     """Puts a run into a README file."""
+    readme.write_text(with_section(_text(readme), run))
+
+
+def _text(readme: Path) -> str:
     try:
-        text = readme.read_text()
+        return readme.read_text()
     except OSError as error:
         raise CommandError(f"cannot read {readme}: {error.strerror}") from error
-    readme.write_text(with_section(text, run))

@@ -22,9 +22,10 @@ from fuse_pass.inductor import compat
 PRODUCTS, MEMORY = "products", "memory"
 _SHAPES = ((512, 768, 3072), (512, 3072, 768), (2048, 768, 3072))
 _REPEATS = 7
+_HALVES = (torch.float16, torch.bfloat16)
 _LARGEST_COPY = 1 << 28
-# Below this time a call is dispatch and no limit of the machine.
-MIN_SECONDS = 20e-6
+# In less than this time the call itself is the limit, not what it computes.
+_MIN_SECONDS = 20e-6
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,22 @@ class Limit:
     seconds: float
     by: str
 
+    @property
+    def is_meaningful(self) -> bool:
+        return self.seconds >= _MIN_SECONDS
+
 
 def product_rates(dtypes: Iterable[torch.dtype], device: str) -> dict[torch.dtype, float]:
-    """FLOP/s of the fastest matrix product by dtype: best of several shapes and providers."""
-    return {dtype: max(_product_rates(dtype, device)) for dtype in dict.fromkeys(dtypes)}
+    """FLOP/s of the fastest matrix product by dtype: best of several shapes and providers.
+
+    A half type that the CPU does not multiply in hardware takes the rate of float32, through which it can go.
+    """
+    return {dtype: max(_product_rates(_multiplied_as(dtype, device), device)) for dtype in dict.fromkeys(dtypes)}
+
+
+def _multiplied_as(dtype: torch.dtype, device: str) -> torch.dtype:
+    is_slow = device == "cpu" and dtype in _HALVES and not compat.has_fast_cpu_dtype(dtype)
+    return torch.float32 if is_slow else dtype
 
 
 def _product_rates(dtype: torch.dtype, device: str) -> Iterator[float]:
@@ -51,7 +64,7 @@ def _product_rates(dtype: torch.dtype, device: str) -> Iterator[float]:
 def _providers(x: Tensor, weight: Tensor) -> Iterator[Callable[[], object]]:
     yield lambda: torch.mm(x, weight.t())
     linear = compat.onednn_linear()
-    if x.device.type == "cpu" and linear is not None:
+    if x.device.type == "cpu" and linear is not None and x.dtype in (torch.float32, *_HALVES):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
         yield lambda: linear(x, weight, None, "none", [], "")
         yield lambda: linear(x, packed, None, "none", [], "")

@@ -65,6 +65,7 @@ def test_rows_by_name_glob_and_group(capsys: pytest.CaptureFixture[str]) -> None
         (["--format", "gothic"], "--format: expected one of"),
         (["--json", "no/such/folder/run.json"], "--json: expected a file in a folder that exists, got no/such/folder"),
         (["--plot", "chart.pdf"], "--plot: expected a file name that ends in .png"),
+        (["--readme", "LICENSE"], "expected one line <!-- bench:begin --> and below it one line <!-- bench:end -->"),
         (["--from", "absent.json"], "cannot read absent.json"),
         (["--model", "bert"], "expected package.module:function, got 'bert'"),
         (["--model", "absent:build"], "cannot load 'absent:build'"),

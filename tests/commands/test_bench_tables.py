@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fuse_pass.commands.bench_results import Run, read
-from fuse_pass.commands.bench_tables import BEGIN, END, rewrite, tables, with_section
+from fuse_pass.commands.bench_tables import BEGIN, END, require, rewrite, tables, with_section
 from fuse_pass.commands.errors import CommandError
 from tests.commands import bench_sample
 
@@ -81,9 +81,14 @@ def test_markers_are_needed_once_and_in_order(text: str) -> None:
 
 def test_readme_file(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    with pytest.raises(CommandError, match="cannot read"):
-        rewrite(readme, bench_sample.run())
+    for check in (lambda: require(readme), lambda: rewrite(readme, bench_sample.run())):
+        with pytest.raises(CommandError, match="cannot read"):
+            check()
+    readme.write_text(f"{BEGIN}\n")
+    with pytest.raises(CommandError, match="expected one line"):
+        require(readme)
     readme.write_text(f"{BEGIN}\n{END}\n")
+    require(readme)
     rewrite(readme, bench_sample.run())
     assert "tiny/bert/infer" in readme.read_text()
 

@@ -57,8 +57,18 @@ def test_rates_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     rates = roofline.product_rates([torch.float32, torch.float32], "cpu")
     assert list(rates) == [torch.float32]
     assert 1e8 < rates[torch.float32] < 1e14
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert 1e7 < roofline.product_rates([dtype], "cpu")[dtype] < 1e14
     assert 1e7 < roofline.copy_rate(1 << 20, "cpu") < 1e13
     assert roofline.copy_rate(0, "cpu") > 0
+
+
+def test_slow_half_types_are_measured_as_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float16 product takes minutes on a CPU without the instructions for it."""
+    monkeypatch.setattr(roofline.compat, "has_fast_cpu_dtype", lambda dtype: False)
+    assert roofline._multiplied_as(torch.float16, "cpu") is torch.float32
+    assert roofline._multiplied_as(torch.float16, "cuda") is torch.float16
+    assert roofline._multiplied_as(torch.float64, "cpu") is torch.float64
 
 
 def test_steps_without_any_product_have_a_limit() -> None:
