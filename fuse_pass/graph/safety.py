@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -46,7 +47,8 @@ def find_problem(
         or _circular(group, tensors)
         or _crossing(view, group)
         or _functorch(view, group)
-        or _tensor_kind([*tensors, *(node for node in group if not _is_tuple(node))])
+        or _tensor_kind(tensors)
+        or _tensor_kind_inside(group)
         or _devices([*tensors, *group])
         or _order(view, group, outputs, [*tensors, *scalars])
     )
@@ -79,22 +81,32 @@ def _crossing(view: GraphView, group: list[Node]) -> Problem | None:
     return None
 
 
-def _is_tuple(node: Node) -> bool:
-    """Whether a node has several results, which the nodes that take one each answer for."""
-    return isinstance(node.meta.get("example_value"), tuple)
+def _tensor_kind(nodes: list[Node]) -> Problem | None:
+    for node in nodes:
+        problem = _kind_of(node, value_of(node))
+        if problem is not None:
+            return problem
+    return None
 
 
-def _tensor_kind(tensors: list[Node]) -> Problem | None:
-    for node in tensors:
+def _tensor_kind_inside(group: list[Node]) -> Problem | None:
+    """Inside a match, a node may also yield several tensors (`chunk`, `split`)."""
+    for node in group:
         noted = node.meta.get("example_value")
-        for value in noted if isinstance(noted, (tuple, list)) else (noted,):
-            if not isinstance(value, torch.Tensor):
-                return Problem(Reason.SUBCLASS, f"{node.name} is not a tensor that Dynamo knows the shape of", node)
-            if not is_plain(value):
-                detail = f"{node.name} is a {type(value).__name__} of layout {value.layout}"
-                return Problem(Reason.SUBCLASS, detail, node)
-            if not value.is_floating_point():
-                return Problem(Reason.DTYPES, f"{node.name} is {value.dtype}, expected a floating-point tensor", node)
+        for value in noted if isinstance(noted, (tuple, list)) else (value_of(node),):
+            problem = _kind_of(node, value)
+            if problem is not None:
+                return problem
+    return None
+
+
+def _kind_of(node: Node, value: Any) -> Problem | None:
+    if not isinstance(value, torch.Tensor):
+        return Problem(Reason.SUBCLASS, f"{node.name} is not a tensor that Dynamo knows the shape of", node)
+    if not is_plain(value):
+        return Problem(Reason.SUBCLASS, f"{node.name} is a {type(value).__name__} of layout {value.layout}", node)
+    if not value.is_floating_point():
+        return Problem(Reason.DTYPES, f"{node.name} is {value.dtype}, expected a floating-point tensor", node)
     return None
 
 

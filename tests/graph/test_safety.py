@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -110,3 +111,10 @@ def test_a_group_that_reaches_into_a_transform() -> None:
         return torch.func.vmap(lambda row: row + torch.cos(s))(x).sum()
 
     assert problem_of(function, [torch.sin, torch.cos], [torch.cos], ["L_x_"]) == (Reason.FUNCTORCH, torch.cos)
+
+
+def test_tuples_of_tensors_may_lie_inside() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.cos(torch.chunk(x, 2, 0)[0])
+
+    assert problem_of(function, [torch.chunk, operator.getitem, torch.cos], [torch.cos], ["L_x_"]) is None
