@@ -137,7 +137,8 @@ class _Sum:
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     for norm in norms_of(view):
-        candidate = _ending_in(view, norm)
+        # A norm that nobody reads will vanish; fused, it would keep the sum for a backward pass that never comes.
+        candidate = _ending_in(view, norm) if norm.node.users else None
         if candidate is not None:
             yield candidate
     yield from hidden_in_encoder_layers(view)

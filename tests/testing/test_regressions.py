@@ -15,12 +15,19 @@ MEMBERS = {
 
 # inputs need gradients, statements, outputs, settings, matches
 PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
-    "parameters of a norm that nobody reads have no gradient": (
+    "parameters of a norm that is only read detached have no gradient": (
         True,
-        ("z = F.dropout(x0, 0.1)", "y = self.norm(z)", "v = torch.tanh(z)", "torch._dynamo.graph_break()"),
-        "v",
+        ("z = F.dropout(x0, 0.1)", "y = self.norm(z)", "v = torch.tanh(z)"),
+        "v, y.detach()",
         Settings(),
         1,
+    ),
+    "a sum that is written to after a norm that nobody reads": (
+        True,
+        ("z = F.dropout(x0 * 1, 0.25)", "y = self.norm(z)", "z.add_(1)", "v = self.up(z)"),
+        "v",
+        Settings(),
+        0,
     ),
     "a sum of frozen values needs no gradient": (
         False,
