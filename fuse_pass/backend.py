@@ -19,7 +19,7 @@ from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cache_key import cache_key
-from fuse_pass.inductor.partition import RecomputeTags
+from fuse_pass.inductor.partition import MEMORY, RecomputeTags
 from fuse_pass.patterns import PATTERNS, Situation, apply, fake_quant
 from fuse_pass.report import Report, publish
 from fuse_pass.spec import QuantSpec, spec_of
@@ -38,10 +38,15 @@ class FuseBackend:
     Args:
         patterns: names of the patterns to apply, in any order; None for all.
         quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would.
+        memory: what a feed-forward block (`dense_act_dense`) keeps for backward beside its input and its weights.
+            "fastest": the hidden value before and after the activation, as eager does. "balanced": the one before it.
+            "smallest": neither; backward repeats the first product. Dropout masks are never kept. Measured on
+            768 → 3072 → 768 with dropout, 512 rows, float32: eager keeps 19.5 MiB, `torch.compile` 15.0, these 13.5,
+            7.5 and 1.5; "smallest" takes 15 % longer a step, the other two are equal but for 1-2 % in bfloat16.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
 
     Raises:
-        ValueError: an unknown pattern name.
+        ValueError: an unknown pattern name or setting of `memory`.
         TypeError: `patterns` is not a collection of names, or `strict` is not a bool.
     """
 
@@ -50,6 +55,7 @@ class FuseBackend:
         patterns: Iterable[str] | None = None,
         *,
         quantize: QuantSpec | Format | str | None = None,
+        memory: str = "balanced",
         strict: bool = False,
     ) -> None:
         if isinstance(patterns, str):
@@ -58,12 +64,15 @@ class FuseBackend:
             )
         if not isinstance(strict, bool):
             raise TypeError(f"strict: expected a bool, got {strict!r}")
+        if memory not in MEMORY:
+            raise ValueError(f"unknown setting {memory!r} of memory; valid are {', '.join(MEMORY)}")
         names = tuple(_PATTERNS_BY_NAME) if patterns is None else tuple(patterns)
         for name in names:
             if name not in _PATTERNS_BY_NAME:
                 raise ValueError(f"unknown pattern {name!r}; valid names are {', '.join(_PATTERNS_BY_NAME)}")
         self.patterns = tuple(name for name in _PATTERNS_BY_NAME if name in names)
         self.strict = strict
+        self.memory = memory
         self.quantize = None if quantize is None else spec_of(quantize)
         if self.quantize is not None:
             _require_stateless(self.quantize)
@@ -72,7 +81,7 @@ class FuseBackend:
     @property
     def options(self) -> dict[str, Any]:
         """The configuration as keyword arguments."""
-        return {"patterns": self.patterns, "quantize": self.quantize, "strict": self.strict}
+        return {"patterns": self.patterns, "quantize": self.quantize, "memory": self.memory, "strict": self.strict}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FuseBackend) and self.options == other.options
@@ -81,7 +90,8 @@ class FuseBackend:
         return hash((FuseBackend, *self.options.values()))
 
     def __repr__(self) -> str:
-        return f"FuseBackend(patterns={list(self.patterns)}, quantize={self.quantize}, strict={self.strict})"
+        settings = f"quantize={self.quantize}, memory={self.memory!r}, strict={self.strict}"
+        return f"FuseBackend(patterns={list(self.patterns)}, {settings})"
 
     def __call__(
         self,
@@ -101,7 +111,9 @@ class FuseBackend:
         compiler = compat.inductor_compiler(mode, inductor_options)
         if _calls_our_ops(fused):
             inner = compat.joint_passes(inductor_options)
-            compiler.config["joint_custom_post_pass"] = RecomputeTags(cache_key(configured.options), inner)
+            compiler.config["joint_custom_post_pass"] = RecomputeTags(
+                cache_key(configured.options), inner, memory=configured.memory
+            )
         return compiler(fused, example_inputs)  # type: ignore[no-any-return]
 
     def rewrite(self, gm: GraphModule, *, own_random_numbers: bool = True) -> tuple[GraphModule, Report]:

@@ -26,6 +26,7 @@ def compile(
     *,
     patterns: Iterable[str] | None = None,
     quantize: QuantSpec | Format | str | None = None,
+    memory: str = "balanced",
     strict: bool = False,
     **torch_compile_kwargs: Any,
 ) -> Any:
@@ -42,11 +43,12 @@ def compile(
             Layers that are one call in a graph (`nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`) are swapped
             for Quantized* layers in a copy of the model that shares its parameters and buffers; call `train()` and
             `eval()` on what is returned.
+        memory: "fastest", "balanced" or "smallest": what is kept for backward; see `FuseBackend`.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
 
     Raises:
-        ValueError: an unknown pattern name or option.
+        ValueError: an unknown pattern name, option or setting of `memory`.
         TypeError: `backend` is given, or an argument that `torch.compile` does not know.
     """
     if "backend" in torch_compile_kwargs:
@@ -54,10 +56,11 @@ def compile(
             "fuse_pass.compile always uses the fuse_pass backend and takes no `backend`; "
             "for another one call torch.compile"
         )
-    backend = FuseBackend(patterns, quantize=quantize, strict=strict)
+    backend = FuseBackend(patterns, quantize=quantize, memory=memory, strict=strict)
     split_options(torch_compile_kwargs.get("options") or {})
     if model is None:
-        return functools.partial(compile, patterns=patterns, quantize=quantize, strict=strict, **torch_compile_kwargs)
+        own = {"patterns": patterns, "quantize": quantize, "memory": memory, "strict": strict}
+        return functools.partial(compile, **own, **torch_compile_kwargs)
     if backend.quantize is not None and isinstance(model, nn.Module):
         model = _with_opaque_layers_quantised(model, backend.quantize)
     compiled: Any = torch.compile(model, backend=backend, **torch_compile_kwargs)

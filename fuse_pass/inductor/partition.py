@@ -3,6 +3,8 @@
 The joint graph is CSE'd, so the activation that our backward recomputes from `h` is the forward's own node, and min-cut
 would save it as well as `h`. It also minimises bytes, so it prefers a stored bool mask to a recomputed one, which costs
 6-9 ns per element on a CPU against 0.5-0.9 for the hash. A recompute tag on exactly our nodes undoes both.
+
+How much of a feed-forward block is recomputed is the user's choice: one of `MEMORY`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 NAMESPACE = "fuse_pass"
+MEMORY = ("fastest", "balanced", "smallest")
 # Forward ops whose elementwise part is recomputed whole. Of the other ops only the random mask is.
 _RECOMPUTED_OPS = ("dense_act_dense", "act_dense", "gated_dense")
 _MASK_DTYPES = (torch.bool, torch.int32)
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 class RecomputeTags(CustomGraphPass):
@@ -27,33 +31,53 @@ class RecomputeTags(CustomGraphPass):
     Args:
         key: identity of fuse_pass for Inductor's and AOTAutograd's caches.
         inner: the user's own passes for the same slot.
+        memory: one of `MEMORY`. Masks are always recomputed; "balanced" recomputes the activation between two Linear
+            layers too, "smallest" also the product before it.
     """
 
-    def __init__(self, key: bytes, inner: Sequence[Callable[[Graph], None]] = ()) -> None:
+    def __init__(self, key: bytes, inner: Sequence[Callable[[Graph], None]] = (), *, memory: str = "balanced") -> None:
         self._key = key
         self._inner = tuple(inner)
+        self._memory = memory
 
     def __call__(self, graph: Graph) -> None:
         for run in self._inner:
             run(graph)
         for node in graph.nodes:
-            if "recompute" not in node.meta and _is_recomputable(node):
+            if "recompute" not in node.meta and _is_recomputable(node, self._memory):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
 
     def uuid(self) -> Any:
         inner = [run.uuid() if isinstance(run, CustomGraphPass) else None for run in self._inner]
         # Inductor takes None as "do not cache": right for a pass of the user that has no identity.
-        return None if None in inner else (self._key, *inner)
+        return None if None in inner else (self._key, self._memory, *inner)
 
 
-def _is_recomputable(node: Node) -> bool:
-    origin = node.meta.get("original_aten")
-    if node.op != "call_function" or not isinstance(origin, torch._ops.OpOverload) or origin.namespace != NAMESPACE:
-        return False
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+def _is_recomputable(node: Node, memory: str) -> bool:
+    origin, value = _origin(node), node.meta.get("val")
+    if origin is None or not isinstance(value, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if value.dtype in _MASK_DTYPES:
         return value.dim() > 0  # the seed itself is saved: a second draw would be another mask
-    return origin._opname in _RECOMPUTED_OPS and torch.Tag.pointwise in node.target.tags
+    if origin not in _RECOMPUTED_OPS or memory == "fastest":
+        return False
+    return torch.Tag.pointwise in node.target.tags or (memory == "smallest" and _is_hidden_product(node, origin))
+
+
+def _origin(node: Node) -> str | None:
+    """Name of the op of ours that a node was decomposed from."""
+    origin = node.meta.get("original_aten")
+    is_ours = isinstance(origin, torch._ops.OpOverload) and origin.namespace == NAMESPACE
+    return origin._opname if is_ours and node.op == "call_function" else None
+
+
+def _is_hidden_product(node: Node, origin: str) -> bool:
+    """Whether a node is the first product of `dense_act_dense`: the one that its own activation reads."""
+    is_product = node.target in _PRODUCTS or node.target == torch.ops.fuse_pass.gemm.default
+    return is_product and any(
+        _origin(user) == origin
+        and isinstance(user.target, torch._ops.OpOverload)
+        and torch.Tag.pointwise in user.target.tags
+        for user in node.users
+    )

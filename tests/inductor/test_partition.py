@@ -82,7 +82,7 @@ def of_hidden_size(values: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def untagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "_is_recomputable", lambda node: False)
+    monkeypatch.setattr(partition, "_is_recomputable", lambda node, memory: False)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -92,6 +92,37 @@ def test_no_mask_and_one_hidden_value_are_kept(p: float) -> None:
     assert [value.dtype for value in of_hidden_size(kept)] == [torch.float32]
     # y, the input of the block, the normalised sum: nothing else of the width of the model.
     assert len([value for value in kept if value.shape == (ROWS, WIDTH)]) == 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("memory", "kept_values"), [("fastest", 2), ("balanced", 1), ("smallest", 0)])
+def test_memory_settles_how_many_hidden_values_are_kept(memory: str, kept_values: int, bias: bool) -> None:
+    module = Block()
+    if not bias:
+        module.first.bias = module.second.bias = None
+    torch.manual_seed(5)
+    kept, y, grad = train(module, backend=FuseBackend(memory=memory, strict=True))
+    assert len(of_hidden_size(kept)) == kept_values
+    assert masks(kept) == []
+    torch.manual_seed(5)
+    _, other_y, other_grad = train(module, backend=FuseBackend(strict=True))
+    torch.testing.assert_close(y, other_y, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, other_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_of_two_blocks_in_a_row_only_the_hidden_products_are_repeated() -> None:
+    """The first block's result is read by the second's first product, and by no activation."""
+
+    class Twice(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x
+            for _ in range(2):
+                y = self.second(F.gelu(self.first(y)))
+            return y
+
+    kept, _, _ = train(Twice(), backend=FuseBackend(memory="smallest", strict=True))
+    assert of_hidden_size(kept) == []
+    assert len([value for value in kept if value.shape == (ROWS, WIDTH)]) == 3, "y, x, and what lies between the blocks"
 
 
 @pytest.mark.usefixtures("untagged")
@@ -194,6 +225,7 @@ def test_identity_joins_ours_and_theirs() -> None:
     identities = [
         RecomputeTags(b"key").uuid(),
         RecomputeTags(b"other").uuid(),
+        RecomputeTags(b"key", memory="smallest").uuid(),
         RecomputeTags(b"key", [first]).uuid(),
         RecomputeTags(b"key", [second]).uuid(),
         RecomputeTags(b"key", [first, second]).uuid(),
