@@ -59,7 +59,7 @@ def compile(
     backend = FuseBackend(patterns, quantize=quantize, memory=memory, strict=strict)
     split_options(torch_compile_kwargs.get("options") or {})
     if model is None:
-        own = {"patterns": patterns, "quantize": quantize, "memory": memory, "strict": strict}
+        own: dict[str, Any] = {"patterns": patterns, "quantize": quantize, "memory": memory, "strict": strict}
         return functools.partial(compile, **own, **torch_compile_kwargs)
     if backend.quantize is not None and isinstance(model, nn.Module):
         model = _with_opaque_layers_quantised(model, backend.quantize)

@@ -68,8 +68,9 @@ def _is_recomputable(node: Node, memory: str) -> bool:
 def _origin(node: Node) -> str | None:
     """Name of the op of ours that a node was decomposed from."""
     origin = node.meta.get("original_aten")
-    is_ours = isinstance(origin, torch._ops.OpOverload) and origin.namespace == NAMESPACE
-    return origin._opname if is_ours and node.op == "call_function" else None
+    if node.op != "call_function" or not isinstance(origin, torch._ops.OpOverload) or origin.namespace != NAMESPACE:
+        return None
+    return str(origin._opname)
 
 
 def _is_hidden_product(node: Node, origin: str) -> bool:
