@@ -216,6 +216,11 @@ def fake_gradients(of: tuple[Tensor | None, ...], output_mask: list[bool]) -> tu
     )
 
 
+def bias_of(weight: Tensor) -> Tensor:
+    """A tensor of the shape of a bias; not a column, for there may be none."""
+    return weight.new_empty(weight.shape[0])
+
+
 def _fake_tail_backward(
     grad_y: Tensor,
     h: Tensor,
@@ -228,7 +233,7 @@ def _fake_tail_backward(
     mask: list[bool],
     *formats: Any,
 ) -> tuple[Tensor, ...]:
-    return fake_gradients((h, weight2, weight2[:, 0], act_weight), mask)
+    return fake_gradients((h, weight2, bias_of(weight2), act_weight), mask)
 
 
 def _fake_backward(
@@ -245,7 +250,7 @@ def _fake_backward(
     mask: list[bool],
     *formats: Any,
 ) -> tuple[Tensor, ...]:
-    return fake_gradients((x, weight1, weight1[:, 0], weight2, weight2[:, 0], act_weight), mask)
+    return fake_gradients((x, weight1, bias_of(weight1), weight2, bias_of(weight2), act_weight), mask)
 
 
 dense_act_dense = define("dense_act_dense", f"{_SCHEMA} -> (Tensor y, Tensor h)", _forward, _fake)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.dense import product, rows_of, shaped_like_rows_of, weight_gradient
-from fuse_pass.ops.dense_act_dense import fake_gradients, number_of_rows, output_shape
+from fuse_pass.ops.dense_act_dense import bias_of, fake_gradients, number_of_rows, output_shape
 from fuse_pass.ops.library import (
     cast_for_autocast,
     define,
@@ -166,8 +166,8 @@ def _fake_backward(
     grad_y: Tensor, x: Tensor, weight1: Tensor, weight_up: Tensor | None, weight2: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     # rest: h, up, seed, p, activation, act_arguments, gate_second, output_mask, formats
-    bias_up = None if weight_up is None else weight_up[:, 0]
-    return fake_gradients((x, weight1, weight1[:, 0], weight_up, bias_up, weight2, weight2[:, 0]), rest[7])
+    bias_up = None if weight_up is None else bias_of(weight_up)
+    return fake_gradients((x, weight1, bias_of(weight1), weight_up, bias_up, weight2, bias_of(weight2)), rest[7])
 
 
 gated_dense = define("gated_dense", f"({_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor up)", _forward, _fake)

@@ -292,13 +292,27 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
     yield Candidate(node, frozenset((*first.nodes, *activation.nodes)), (), {}, {}, activation.name, problem=problem)
 
 
+def _problem_of_later_writes(view: GraphView, candidate: Candidate) -> Problem | None:
+    """The op keeps x for backward; where eager does not (frozen weight, a chain), x may still be written to."""
+    x, y, weight1 = (value_of(n) for n in (candidate.inputs["x"], candidate.anchor, candidate.inputs["weight1"]))
+    if x is None or y is None or not y.requires_grad or (weight1 is not None and weight1.requires_grad):
+        return None
+    storage = x.untyped_storage()._cdata
+    for node, reason in view.barriers_between(candidate.anchor, view.nodes[-1]):
+        for written in node.all_input_nodes if reason is Reason.MUTATION else ():
+            value = value_of(written)
+            if value is not None and value.untyped_storage()._cdata == storage:
+                return Problem(Reason.MUTATION, f"{node.name} writes into what is kept for backward", node)
+    return None
+
+
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
     if candidate.constants["features"] == CHANNELS:
         return cost_of_layout(candidate.anchor, x, y)
     if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
-    return None
+    return _problem_of_later_writes(view, candidate)
 
 
 def replace(editor: Editor, candidate: Candidate) -> None:

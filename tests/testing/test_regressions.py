@@ -11,6 +11,10 @@ MEMBERS = {
     "norm": "self.norm = nn.LayerNorm(24)",
     "up": "self.up = nn.Linear(24, 16)",
     "down": "self.down = nn.Linear(16, 24)",
+    "frozen": "self.frozen = nn.Linear(24, 16).requires_grad_(False)",
+    "frozen_down": "self.frozen_down = nn.Linear(16, 24)",
+    "to_nothing": "self.to_nothing = nn.Linear(24, 0)",
+    "of_nothing": "self.of_nothing = nn.Linear(0, 24)",
 }
 
 # inputs need gradients, statements, outputs, settings, matches
@@ -33,6 +37,27 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         False,
         ("z = F.dropout(x0, 0.5)", "y = self.norm(z)"),
         "y, z",
+        Settings(),
+        1,
+    ),
+    "an input that is written to after a frozen Linear": (
+        True,
+        ("x = x0 * 1", "y = self.frozen_down(F.gelu(self.frozen(x)))", "x.view(-1, 24).add_(1)"),
+        "y",
+        Settings(),
+        0,
+    ),
+    "the beginning of a chain that is written to": (
+        True,
+        ("x = self.down(F.gelu(self.up(x0)))", "y = self.down(self.up(F.relu(x)))", "x.view(-1, 24).add_(1)"),
+        "y",
+        Settings(),
+        1,
+    ),
+    "no hidden features": (
+        True,
+        ("y = self.of_nothing(F.gelu(self.to_nothing(x0)))",),
+        "y",
         Settings(),
         1,
     ),
