@@ -54,6 +54,20 @@ def find_problem(
     )
 
 
+def written_later(view: GraphView, last: Node, kept: Node | None) -> Problem | None:
+    """A write, after the last node of a group, into what its replacement keeps for backward and eager might not."""
+    result, value = value_of(last), value_of(kept)
+    if result is None or value is None or not result.requires_grad:
+        return None
+    storage = value.untyped_storage()._cdata
+    for node, reason in view.barriers_between(last, view.nodes[-1]):
+        for written in node.all_input_nodes if reason is Reason.MUTATION else ():
+            other = value_of(written)
+            if other is not None and other.untyped_storage()._cdata == storage:
+                return Problem(Reason.MUTATION, f"{node.name} writes into {kept}, which is kept for backward", node)
+    return None
+
+
 def _second_reader(group: list[Node], outputs: Sequence[Node]) -> Problem | None:
     members = set(group)
     for node in group:

@@ -26,7 +26,7 @@ from torch.fx import Node
 
 from fuse_pass.graph.convolution import CHANNELS, is_grouped, pointwise_layers
 from fuse_pass.graph.edit import Editor
-from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
@@ -292,27 +292,16 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
     yield Candidate(node, frozenset((*first.nodes, *activation.nodes)), (), {}, {}, activation.name, problem=problem)
 
 
-def _problem_of_later_writes(view: GraphView, candidate: Candidate) -> Problem | None:
-    """The op keeps x for backward; where eager does not (frozen weight, a chain), x may still be written to."""
-    x, y, weight1 = (value_of(n) for n in (candidate.inputs["x"], candidate.anchor, candidate.inputs["weight1"]))
-    if x is None or y is None or not y.requires_grad or (weight1 is not None and weight1.requires_grad):
-        return None
-    storage = x.untyped_storage()._cdata
-    for node, reason in view.barriers_between(candidate.anchor, view.nodes[-1]):
-        for written in node.all_input_nodes if reason is Reason.MUTATION else ():
-            value = value_of(written)
-            if value is not None and value.untyped_storage()._cdata == storage:
-                return Problem(Reason.MUTATION, f"{node.name} writes into what is kept for backward", node)
-    return None
-
-
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
     if candidate.constants["features"] == CHANNELS:
         return cost_of_layout(candidate.anchor, x, y)
     if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
-    return _problem_of_later_writes(view, candidate)
+    weight1 = value_of(candidate.inputs["weight1"])
+    if weight1 is not None and weight1.requires_grad:
+        return None  # eager keeps x too
+    return written_later(view, candidate.anchor, candidate.inputs["x"])
 
 
 def replace(editor: Editor, candidate: Candidate) -> None:

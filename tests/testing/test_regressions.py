@@ -10,6 +10,7 @@ from fuse_pass.testing.program import Input, Program, Settings, Statement
 MEMBERS = {
     "norm": "self.norm = nn.LayerNorm(24)",
     "up": "self.up = nn.Linear(24, 16)",
+    "rms_norm": "self.rms_norm = nn.RMSNorm(24)",
     "down": "self.down = nn.Linear(16, 24)",
     "frozen": "self.frozen = nn.Linear(24, 16).requires_grad_(False)",
     "frozen_down": "self.frozen_down = nn.Linear(16, 24)",
@@ -53,6 +54,13 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         "y",
         Settings(),
         1,
+    ),
+    "a sum that is written to after its RMSNorm": (
+        False,
+        ("z = F.dropout(x0 * 1, 0.25)", "y = self.rms_norm(z)", "z.add_(1)"),
+        "y",
+        Settings(),
+        0,
     ),
     "no hidden features": (
         True,
