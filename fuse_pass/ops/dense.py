@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.inductor import compat, gemm
@@ -25,7 +24,6 @@ from fuse_pass.ops.library import (
     define,
     define_autocast,
     define_autograd,
-    differentiable_grads,
     only_needed,
     placeholders,
 )
@@ -51,7 +49,11 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
     A weight that is stored `[d_in, d_out]` and reaches us transposed would otherwise get a gradient to be copied.
     """
-    if _is_column_major(weight):
+    return _weight_gradient(grad, x, _is_column_major(weight))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, column_major: bool) -> Tensor:
+    if column_major:
         return _product(x.t(), grad.t(), None, _provider(x.t(), grad.t(), weight_gradient=True), None, ()).t()
     return _product(grad.t(), x.t(), None, _provider(grad.t(), x.t(), weight_gradient=True), None, ())
 
@@ -166,17 +168,24 @@ def _dense_act(
 
 
 def _dense_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+    grad_y: Tensor, x: Tensor | None, weight: Tensor | None, column_major: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; an empty tensor where `output_mask` is False."""
-    need_x, need_weight, need_bias = output_mask
+    """Gradients of x, weight and bias; an empty tensor where `output_mask` is False.
+
+    x is there where the weight needs a gradient, and the weight where x does, stored by columns if `column_major`.
+    """
+    _, _, need_bias = output_mask
     grad = rows_of(grad_y)
     no_x, no_weight, no_bias = placeholders(grad, 3)
     return (
-        product(grad, weight.t()).view(x.shape) if need_x else no_x,
-        weight_gradient(grad, rows_of(x), weight) if need_weight else no_weight,
+        no_x if weight is None else product(grad, weight.t()).view(_input_shape(grad_y, weight)),
+        no_weight if x is None else _weight_gradient(grad, rows_of(x), column_major),
         grad.sum(0) if need_bias else no_bias,
     )
+
+
+def _input_shape(grad_y: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return (*grad_y.shape[:-1], weight.shape[1])
 
 
 def _dense_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -184,15 +193,18 @@ def _dense_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _dense_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+    grad_y: Tensor, x: Tensor | None, weight: Tensor | None, column_major: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_weight, need_bias = output_mask
-    no_x, no_weight, no_bias = placeholders(grad_y, 3)
-    return (
-        x.new_empty(x.shape) if need_x else no_x,
-        gradient_like(weight) if need_weight else no_weight,
-        weight.new_empty(weight.shape[0]) if need_bias else no_bias,
-    )
+    _, _, need_bias = output_mask
+    grad_x, grad_weight, grad_bias = placeholders(grad_y, 3)
+    if weight is not None:
+        grad_x = grad_y.new_empty(_input_shape(grad_y, weight))
+    if x is not None:
+        sizes = (grad_y.shape[-1], x.shape[-1])
+        grad_weight = grad_y.new_empty(sizes[::-1]).t() if column_major else grad_y.new_empty(sizes)
+    if need_bias:
+        grad_bias = grad_y.new_empty(grad_y.shape[-1])
+    return grad_x, grad_weight, grad_bias
 
 
 dense = define("dense", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _dense, _dense_fake)
@@ -204,23 +216,32 @@ dense_act = define(
 )
 dense_backward = define(
     "dense_backward",
-    "(Tensor grad_y, Tensor x, Tensor weight, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_y, Tensor? x, Tensor? weight, bool column_major, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     _dense_backward,
     _dense_backward_fake,
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    """Keeps what eager keeps and no more: whatever needs no gradient may be written to afterwards."""
+    x, weight, _ = inputs
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    ctx.column_major = _is_column_major(weight)
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
 
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
+    x, weight = ctx.saved_tensors
     needed = list(ctx.needs_input_grad)
-    if torch.is_grad_enabled():
-        grads = differentiable_grads(F.linear, (x, weight, bias), (), needed, grad_y)
+    if torch.is_grad_enabled():  # the gradients will be differentiated again
+        rows = rows_of(grad_y)
+        grads = (
+            rows if weight is None else grad_y @ weight,
+            rows if x is None else rows.t() @ rows_of(x),
+            rows.sum(0),
+        )
     else:
-        grads = torch.ops.fuse_pass.dense_backward(grad_y, x, weight, needed)
+        grads = torch.ops.fuse_pass.dense_backward(grad_y, x, weight, ctx.column_major, needed)
     return only_needed(grads, needed, len(needed))
 
 

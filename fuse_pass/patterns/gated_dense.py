@@ -26,7 +26,7 @@ from torch.fx import Node
 from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.halves import half_of
-from fuse_pass.graph.safety import Problem
+from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
@@ -295,7 +295,10 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
     if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
-    return None
+    weights = [value_of(candidate.inputs[name]) for name in ("weight1", "weight_up")]
+    if any(weight is not None and weight.requires_grad for weight in weights):
+        return None  # eager keeps x too
+    return written_later(view, candidate.anchor, candidate.inputs["x"])
 
 
 def replace(editor: Editor, candidate: Candidate) -> None:

@@ -296,6 +296,22 @@ def test_only_wanted_gradients_are_computed(wanted: set[str], chosen: list[str])
     assert len(chosen) == len(wanted - {"bias"})
 
 
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_needs_no_gradient_may_be_written_to_afterwards(frozen: str) -> None:
+    """As with F.linear, which keeps only what the gradients need."""
+    inputs = example_inputs()
+
+    def gradients(linear: Callable[..., Tensor]) -> list[Tensor]:
+        values = {name: value.detach().requires_grad_(name != frozen) for name, value in inputs.items()}
+        trained = [value for name, value in values.items() if name != frozen]
+        x, weight, bias = (value * 1 for value in values.values())
+        y = linear(x, weight, bias)
+        (weight if frozen == "x" else x).add_(1)
+        return list(torch.autograd.grad(y.sum(), trained))
+
+    torch.testing.assert_close(gradients(torch.ops.fuse_pass.dense), gradients(F.linear))
+
+
 @pytest.mark.parametrize("mask", [[True, True, True], [False, True, False]])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dense_passes_opcheck(transposed: bool, mask: list[bool]) -> None:
@@ -305,7 +321,10 @@ def test_dense_passes_opcheck(transposed: bool, mask: list[bool]) -> None:
     torch.library.opcheck(torch.ops.fuse_pass.dense.default, tuple(values.values()))
     x, weight, bias = (value.detach() for value in values.values())
     torch.library.opcheck(torch.ops.fuse_pass.dense_act.default, (x, weight, bias, "leaky_relu", [0.2]))
-    torch.library.opcheck(torch.ops.fuse_pass.dense_backward.default, (torch.ones(2, 3, 112), x, weight, mask))
+    need_x, need_weight, _ = mask
+    given = (x if need_weight else None, weight if need_x else None)
+    arguments = (torch.ones(2, 3, 112), *given, transposed, mask)
+    torch.library.opcheck(torch.ops.fuse_pass.dense_backward.default, arguments)
 
 
 def test_autocast_casts_like_a_linear() -> None:
