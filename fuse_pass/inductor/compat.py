@@ -25,6 +25,7 @@ __all__ = [
     "onednn_linear",
     "register_decomposition",
     "size_hint",
+    "stored_once",
 ]
 
 
@@ -39,6 +40,12 @@ def inductor_seed(device: torch.device) -> torch.Tensor:
     """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
     seed: torch.Tensor = torch.ops.prims.inductor_seed(device)
     return seed
+
+
+def stored_once(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself; Inductor computes it in one kernel, and all who read it load it instead of computing it again."""
+    stored: torch.Tensor = torch.ops.prims.inductor_force_stride_order(x, x.stride())
+    return stored
 
 
 def never_merge(*ops: torch._ops.OpOverloadPacket) -> None:

@@ -154,6 +154,13 @@ def test_inductor_seed_is_63_bits() -> None:
     assert len({int(seed) for seed in seeds}) == 8
 
 
+@pytest.mark.parametrize("x", [torch.randn(3, 4), torch.randn(4, 3).t(), torch.randn(0, 4)])
+def test_stored_once_is_the_tensor_itself(x: Tensor) -> None:
+    stored = compat.stored_once(x)
+    assert torch.equal(stored, x)
+    assert stored.stride() == x.stride()
+
+
 def test_modes_are_off_inside() -> None:
     with torch._subclasses.FakeTensorMode():
         assert type(torch.ones(2)) is not Tensor

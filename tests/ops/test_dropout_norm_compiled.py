@@ -1,0 +1,65 @@
+"""What Inductor makes of the decomposition: the same mask and values, and each way one loop that hashes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from fuse_pass.ops import rng
+from fuse_pass.patterns.dropout_norm import reference
+from tests.ops.gradients import run, wide
+from tests.precision import assert_as_exact_as_eager
+
+SEED, P, EPS = 0x1234_5678_9ABC_DEF0, 0.3, 1e-5
+
+
+def fused(values: dict[str, Any]) -> Tensor:
+    arguments = torch.tensor(SEED), P, EPS, 1, "layer_norm", None, False
+    y: Tensor = torch.ops.fuse_pass.dropout_norm(*values.values(), *arguments)[0]
+    return y
+
+
+def by_reference(values: dict[str, Any]) -> Tensor:
+    rows, columns = values["x"].shape
+    keep = rng.keep_mask(torch.tensor(SEED), rows, columns, P)
+    return reference(*values.values(), norm="layer_norm", eps=EPS, keep=keep, p=P)
+
+
+def example(rows: int, columns: int, dtype: torch.dtype, mean: float = 0.0) -> dict[str, Any]:
+    shapes = {"x": (rows, columns), "residual": (rows, columns), "weight": (columns,), "bias": (columns,)}
+    values = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    values["residual"] += mean
+    return {name: value.to(dtype).requires_grad_() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns", "mean"),
+    [
+        (torch.float32, 9, 64, 0.0),
+        (torch.bfloat16, 9, 64, 0.0),
+        (torch.float32, 1, 33, 1e4),  # no multiple of a vector, and a mean that dwarfs the rest of the row
+        (torch.bfloat16, 5, 17, 8.0),
+    ],
+)
+def test_as_exact_as_eager(dtype: torch.dtype, rows: int, columns: int, mean: float) -> None:
+    values = example(rows, columns, dtype, mean)
+    result, eager = run(torch.compile(fused), values), run(by_reference, values)
+    exact = run(by_reference, wide(values))
+    for name, value in result.items():
+        assert_as_exact_as_eager(value, eager[name], exact[name], name)
+    dropped = ~rng.keep_mask(torch.tensor(SEED), rows, columns, P)
+    assert torch.equal(result["x"] == 0, dropped)
+
+
+def test_each_way_hashes_once() -> None:
+    """Inductor would hash anew in each of the forward's three loops, which takes twice the time."""
+    values = example(9, 64, torch.float32)
+    with inductor_config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(lambda: run(torch.compile(fused), values))
+    first, _, _ = rng._MULTIPLIERS
+    assert [code.count(f"({first})") for code in codes] == [1, 1]
