@@ -225,9 +225,6 @@ IGNORED: tuple[Reason, ...] = (
     Reason.MUTATION,
     Reason.DTYPES,
     Reason.LAYOUT,
-    Reason.GRAD_MODE,
-    Reason.AUTOCAST,
-    Reason.BROADCAST,
 )
 
 
