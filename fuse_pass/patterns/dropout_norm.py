@@ -26,7 +26,7 @@ from torch.fx import Node
 from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, written_later
-from fuse_pass.graph.shapes import same_shape, same_size, value_of
+from fuse_pass.graph.shapes import same_shape, same_size, same_strides, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
 from fuse_pass.patterns.norm_forms import Norm, norms_of
 from fuse_pass.patterns.norm_spellings import WRITTEN_OUT
@@ -243,6 +243,10 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
         reshaped = value_of(reshape)
         if reshaped is None or not same_shape(reshaped.shape[-len(shape) :], value.shape[-len(shape) :]):
             return Problem(Reason.LAYOUT, f"{reshape.name} changes the normalised dimensions", reshape)
+    result = value_of(anchor)
+    assert result is not None
+    if not same_strides(result, result.new_empty(result.shape)):
+        return Problem(Reason.LAYOUT, f"{anchor.name} keeps the strides of a transposed sum", anchor)
     return _check_dtypes(candidate, value) or written_later(view, anchor, z)
 
 

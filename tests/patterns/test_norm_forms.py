@@ -144,6 +144,16 @@ def test_near_misses_stay_as_they_are(form: str) -> None:
     assert found.rewritten[0] is found.originals[0]
 
 
+def test_the_strides_of_a_transposed_sum_are_kept() -> None:
+    """Elementwise arithmetic keeps them; the norms that have a name do not, and neither does the op."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return FORMS["pow, mean, rsqrt"](x.transpose(0, 1) + r.transpose(0, 1), w, b)
+
+    found = assert_fused_like_eager(function, example_inputs(), counts={})
+    assert [decline.reason for decline in found.report.declines] == [Reason.LAYOUT]
+
+
 @pytest.mark.parametrize("after", [
     lambda y, z: y * z[:, :1], lambda y, z: y * 2.0, lambda y, z: y * y, lambda y, z: y + z, lambda y, z: y - mean(y),
 ])  # fmt: skip
