@@ -99,12 +99,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def op_samples(info: OpInfo) -> Iterator[SampleInput]:
     torch.manual_seed(0)
-    yield from info.sample_inputs("cpu", torch.float64, requires_grad=True)
+    for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True):
+        if not sample.kwargs.get("dropout_p"):  # attention's own dropout draws other numbers when it is decomposed
+            yield sample
 
 
 def check_op(info: OpInfo, samples: list[SampleInput], behind: Callable[[Any], Any]) -> Report:
+    name = info.name.removeprefix("nn.functional.")
+
     def function(*args: Any, **kwargs: Any) -> Any:
-        return behind(info.op(*args, **kwargs))
+        # The function itself, looked up late: some entries wrap it in what Dynamo does not trace.
+        op = info.op if name == info.name else getattr(F, name)
+        return behind(op(*args, **kwargs))
 
     with levels.ready_to_compare(), collect() as report:
         for sample in samples:
