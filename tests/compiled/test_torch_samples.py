@@ -108,8 +108,9 @@ def check_op(info: OpInfo, samples: list[SampleInput], behind: Callable[[Any], A
     name = info.name.removeprefix("nn.functional.")
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        # The function itself, looked up late: some entries wrap it in what Dynamo does not trace.
-        op = info.op if name == info.name else getattr(F, name)
+        # The function itself, looked up late: some entries wrap it in what Dynamo does not trace; that of the
+        # embedding swaps its arguments.
+        op = info.op if name in (info.name, "embedding") else getattr(F, name)
         return behind(op(*args, **kwargs))
 
     with levels.ready_to_compare(), collect() as report:
