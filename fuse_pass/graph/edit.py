@@ -125,6 +125,7 @@ class Editor:
         node = self._graph.create_node(kind, target, arguments, options)
         node.meta.update({key: self._like.meta[key] for key in _PROVENANCE if key in self._like.meta})
         node.meta["example_value"] = self._fake_result(target, arguments, options)
+        self._view.position[node] = self._view.position[self._like]  # others may be inserted beside it
         return node
 
     def item(self, node: Node, index: int) -> Node:

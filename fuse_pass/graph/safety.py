@@ -59,13 +59,10 @@ def written_later(view: GraphView, last: Node, kept: Node | None) -> Problem | N
     result, value = value_of(last), value_of(kept)
     if result is None or value is None or not result.requires_grad:
         return None
-    storage = value.untyped_storage()._cdata
-    for node, reason in view.barriers_between(last, view.nodes[-1]):
-        for written in node.all_input_nodes if reason is Reason.MUTATION else ():
-            other = value_of(written)
-            if other is not None and other.untyped_storage()._cdata == storage:
-                return Problem(Reason.MUTATION, f"{node.name} writes into {kept}, which is kept for backward", node)
-    return None
+    write = view.last_write(value)
+    if write is None or view.position[write] <= view.position[last]:
+        return None
+    return Problem(Reason.MUTATION, f"{write.name} writes into {kept}, which is kept for backward", write)
 
 
 def _second_reader(group: list[Node], outputs: Sequence[Node]) -> Problem | None:

@@ -203,6 +203,21 @@ class GraphView:
         end = bisect.bisect_left(positions, self.position[last])
         yield from entries[start:end]
 
+    def last_write(self, value: torch.Tensor) -> Node | None:
+        """The last node that may write into the memory of a tensor."""
+        return self._last_writes.get(value.untyped_storage()._cdata)
+
+    @cached_property
+    def _last_writes(self) -> dict[int, Node]:
+        """The last node that may write into it, by storage."""
+        found = {}
+        for node, reason in self._barriers[1]:
+            for written in node.all_input_nodes if reason is Reason.MUTATION else ():
+                value = value_of(written)
+                if value is not None and value.layout is torch.strided:  # others have no one storage, and no match
+                    found[value.untyped_storage()._cdata] = node
+        return found
+
     @cached_property
     def _functorch_switches(self) -> list[tuple[int, int]]:
         """Positions at which a torch.func transform begins (+1) or ends (-1)."""

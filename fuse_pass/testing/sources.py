@@ -81,8 +81,9 @@ def _described(pattern: Pattern, name: str, function: Callable[..., Any]) -> Spe
 
 def _factory(pattern: Pattern, function: Callable[..., Any], name: str) -> str:
     """The body of a function that returns the spelling, with all that its text refers to."""
-    module = sys.modules[function.__module__]
-    source = inspect.getsource(module)
+    # A spelling that is a function of PyTorch stands in the pattern's own module.
+    ours = function if function.__module__.startswith("fuse_pass.") else pattern.find
+    source = inspect.getsource(sys.modules[ours.__module__])
     tree = ast.parse(source)
     expression = _entry(tree, name)
     if expression is None:
