@@ -250,8 +250,6 @@ def test_minilm(training: bool) -> None:
             found.append(tuple(run(m, tokens["input_ids"]) for m in models))
     results = zip(*found, strict=True)
     ours, eager, exact = ({key: torch.stack([r[key] for r in runs]) for key in runs[0]} for runs in results)
-        {key: torch.stack([r[key] for r in runs]) for key in runs[0]} for runs in zip(*found, strict=True)
-    )
     counts = report.counts()
     del counts["dense"]  # as the machine has it
     assert counts == {"dense_act_dense": 6, "dropout_norm": 13}
