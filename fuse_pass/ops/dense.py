@@ -20,9 +20,8 @@ from torch import Tensor
 from fuse_pass.inductor import compat, gemm
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.library import (
-    cast_for_autocast,
+    autocast_as_products,
     define,
-    define_autocast,
     define_autograd,
     only_needed,
     placeholders,
@@ -246,10 +245,4 @@ def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 define_autograd(dense, _setup, _autograd)
-for _op in (dense, dense_act):
-    for _device_type in ("cpu", "cuda"):
-        define_autocast(
-            _op,
-            _device_type,
-            lambda op, *args, device_type=_device_type: op(*(cast_for_autocast(a, device_type) for a in args)),
-        )
+autocast_as_products(dense, dense_act)

@@ -31,9 +31,8 @@ from fuse_pass.ops.dense import (
 )
 from fuse_pass.ops.library import (
     accumulation_dtype,
-    cast_for_autocast,
+    autocast_as_products,
     define,
-    define_autocast,
     define_autograd,
     differentiable_grads,
     only_needed,
@@ -352,10 +351,4 @@ def _formula(x: Tensor, weight1: Tensor, bias1: Tensor | None, *tail: Any) -> Te
 
 define_autograd(dense_act_dense, _setup, _autograd)
 define_autograd(act_dense, _tail_setup, _tail_autograd)
-for _op in (dense_act_dense, dense_act_dense_inference, act_dense):
-    for _device_type in ("cpu", "cuda"):
-        define_autocast(
-            _op,
-            _device_type,
-            lambda op, *args, device_type=_device_type: op(*(cast_for_autocast(a, device_type) for a in args)),
-        )
+autocast_as_products(dense_act_dense, dense_act_dense_inference, act_dense)

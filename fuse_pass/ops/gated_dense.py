@@ -25,9 +25,8 @@ from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.dense import product, rows_of, shaped_like_rows_of, weight_gradient
 from fuse_pass.ops.dense_act_dense import bias_of, fake_gradients, number_of_rows, output_shape
 from fuse_pass.ops.library import (
-    cast_for_autocast,
+    autocast_as_products,
     define,
-    define_autocast,
     define_autograd,
     differentiable_grads,
     only_needed,
@@ -244,10 +243,4 @@ def _formula(
 
 
 define_autograd(gated_dense, _setup, _autograd)
-for _op in (gated_dense, gated_dense_inference):
-    for _device_type in ("cpu", "cuda"):
-        define_autocast(
-            _op,
-            _device_type,
-            lambda op, *args, device_type=_device_type: op(*(cast_for_autocast(a, device_type) for a in args)),
-        )
+autocast_as_products(gated_dense, gated_dense_inference)

@@ -7,6 +7,7 @@ neighbours.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,17 @@ def cast_for_autocast(value: Any, device_type: str) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
         return value.to(torch.get_autocast_dtype(device_type)) if value.device.type == device_type else value
     return value
+
+
+def autocast_as_products(*ops: torch._ops.OpOverload) -> None:
+    """Lets autocast, on CPU and CUDA, cast every argument of these ops as it casts those of `F.linear`."""
+    for op in ops:
+        for device_type in ("cpu", "cuda"):
+            define_autocast(op, device_type, functools.partial(_cast_arguments, device_type))
+
+
+def _cast_arguments(device_type: str, op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    return op(*(cast_for_autocast(argument, device_type) for argument in arguments))
 
 
 def placeholders(like: Tensor, count: int) -> list[Tensor]:
