@@ -80,8 +80,9 @@ class Recorder(TorchFunctionMode):
         return self._remember(self._editor.item(node, index), part)
 
     def _remember(self, node: Node, value: Any) -> Any:
-        self._values.append(value)
-        self._nodes[id(value)] = node
+        if isinstance(value, (Tensor, *_SYMBOLS)):  # a plain number is no proof of where it came from
+            self._values.append(value)
+            self._nodes[id(value)] = node
         return value
 
     def _size(self, number: torch.SymInt) -> Node:
