@@ -55,7 +55,7 @@ def compile_and_compare(i: int, level: str, barrier: threading.Barrier, found: d
         found[i] = failure
 
 
-def run_threads(level: str) -> None:
+def assert_threads_agree(level: str) -> None:
     barrier, found = threading.Barrier(THREADS), {}  # type: ignore[var-annotated]
     threads = [threading.Thread(target=compile_and_compare, args=(i, level, barrier, found)) for i in range(THREADS)]
     for thread in threads:
@@ -66,12 +66,12 @@ def run_threads(level: str) -> None:
 
 
 def test_threads_compile_different_models() -> None:
-    run_threads("aot")
+    assert_threads_agree("aot")
 
 
 @pytest.mark.slow
 def test_threads_compile_different_models_with_inductor() -> None:
-    run_threads("inductor")
+    assert_threads_agree("inductor")
 
 
 PROGRAM = """

@@ -78,7 +78,7 @@ def of_the_pattern(counts: dict[str, int]) -> int:
     return sum(counts.get(level, 0) for level in PATTERN_LEVELS)
 
 
-def compare(name: str) -> None:
+def assert_recognised(name: str) -> None:
     model, args, kwargs = build(name)
     for mode in MODES:
         expected = zoo.expected(name, mode)
@@ -88,7 +88,7 @@ def compare(name: str) -> None:
         torch._dynamo.reset()
         with torch.set_grad_enabled(mode == "train"):
             report = coverage(model, *args, **kwargs)
-        compare_products(name, expected, report)
+        assert_products_recognised(name, expected, report)
         norms = of_the_pattern(expected["dropout_norm"])
         found = matches(report, "dropout_norm") + not_worth_it(report, "dropout_norm")
         missed = MISSED_NORMS.get(name, 0)
@@ -97,7 +97,7 @@ def compare(name: str) -> None:
         assert matches(report, "dropout_norm", "dropout") <= norms, (mode, expected, report)
 
 
-def compare_products(name: str, expected: dict[str, Any], report: Report) -> None:
+def assert_products_recognised(name: str, expected: dict[str, Any], report: Report) -> None:
     pairs, others = of_the_pattern(expected["dense_act_dense"]), sum(expected["other_activations"].values())
     gelus = matches(report, "dense_act_dense", "gelu")
     declined = not_worth_it(report, "dense_act_dense")
@@ -108,10 +108,10 @@ def compare_products(name: str, expected: dict[str, Any], report: Report) -> Non
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_of_the_zoo(name: str) -> None:
-    compare(name)
+    assert_recognised(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(zoo.names()) - set(SAMPLE)))
 def test_the_rest_of_the_zoo(name: str) -> None:
-    compare(name)
+    assert_recognised(name)

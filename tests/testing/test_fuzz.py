@@ -25,7 +25,7 @@ def explained(summary: Summary) -> str:
     return "\n".join([str(summary), *(f"seed {seed}: {verdict}" for seed, _, verdict in summary.failures)])
 
 
-def run(seed: int, graphs: int, near_misses: bool, level: str = "aot") -> None:
+def assert_none_wrong(seed: int, graphs: int, near_misses: bool, level: str = "aot") -> None:
     summary = fuzz(seed, graphs, programs=functools.partial(generate, near_misses=near_misses), level=level)
     assert not summary.failures, explained(summary)
     assert summary.graphs == graphs
@@ -37,7 +37,7 @@ def run(seed: int, graphs: int, near_misses: bool, level: str = "aot") -> None:
 @planted_and_near
 @pytest.mark.parametrize("seed", range(0, 9000, 3000))
 def test_fifty_graphs(seed: int, near_misses: bool) -> None:
-    run(seed, 50, near_misses)
+    assert_none_wrong(seed, 50, near_misses)
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_fifty_graphs(seed: int, near_misses: bool) -> None:
 @pytest.mark.parametrize("seed", range(1_000_000, 2_000_000, 50_000))
 def test_five_hundred_graphs(seed: int, near_misses: bool) -> None:
     """Twenty shards of each kind."""
-    run(seed, 500, near_misses)
+    assert_none_wrong(seed, 500, near_misses)
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_five_hundred_graphs(seed: int, near_misses: bool) -> None:
 @pytest.mark.parametrize("seed", range(5_000_000, 6_000_000, 100_000))
 def test_through_inductor(seed: int, near_misses: bool) -> None:
     """Ten shards of each kind, 500 graphs altogether."""
-    run(seed, 25, near_misses, "inductor")
+    assert_none_wrong(seed, 25, near_misses, "inductor")
 
 
 def test_every_spelling_of_every_pattern_can_be_planted() -> None:
