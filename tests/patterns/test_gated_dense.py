@@ -184,6 +184,26 @@ def test_mutation_inside() -> None:
     assert_declines(function, example_inputs(), Reason.MUTATION, "", backend=ONLY)
 
 
+@pytest.mark.parametrize("trained", [{"x"}, {"x", "gate_weight"}, {"x", "up_weight"}], ids=str)
+def test_a_write_into_x_after_the_block(trained: set[str]) -> None:
+    """Eager keeps x where the gradient of a weight needs it, and refuses the write itself; elsewhere we decline."""
+
+    def function(x: Tensor, wg: Tensor, bg: Tensor, wu: Tensor, bu: Tensor, w2: Tensor, b2: Tensor) -> Any:
+        here = x * 1
+        y = F.linear(F.silu(F.linear(here, wg, bg)) * F.linear(here, wu, bu), w2, b2)
+        here.add_(1)
+        return y, here * 2
+
+    inputs = {name: value.detach().requires_grad_(name in trained) for name, value in example_inputs().items()}
+    if trained == {"x"}:
+        assert_declines(function, inputs, Reason.MUTATION, "", backend=ONLY)
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        function(*inputs.values())[0].sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fused(function, leaves(inputs), backend=ONLY)
+
+
 def test_random_numbers_of_eager() -> None:
     def function(x: Tensor, wg: Tensor, bg: Tensor, wu: Tensor, bu: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return F.linear(F.dropout(F.silu(F.linear(x, wg, bg)) * F.linear(x, wu, bu), 0.25), w2, b2)
