@@ -37,6 +37,10 @@ def random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     row = torch.arange(rows, dtype=torch.int32, device=seed.device).view(rows, 1)
     column = torch.arange(columns, dtype=torch.int32, device=seed.device)
+    if seed.device.type == "cpu":
+        # Loaded, where Inductor would put 16 numbers together for each vector, and no longer one with the row, so that
+        # Inductor keeps a loop per row, which a norm can share (forward and backward of 8192x768: 10.8 against 8.4 ms).
+        column = compat.stored_once(column)
     first, second, third = _MULTIPLIERS
     bits = ((row * columns + column) ^ low) * first ^ high
     bits = bits ^ ((bits >> 16) & 0xFFFF)  # `>>` is arithmetic, the mask makes it logical

@@ -64,6 +64,13 @@ def test_as_exact_as_eager(norm: str, rank: str, dtype: torch.dtype, p: float) -
     assert_exact(inputs(norm, dtype, rows=ROWS[rank]), norm, p)
 
 
+@pytest.mark.parametrize("rows", [(32,), (4, 25), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_parameters_whose_gradients_are_summed_in_blocks(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    """Whole blocks of rows, and some that are left over."""
+    assert_exact(inputs("layer_norm", dtype, rows=rows))
+
+
 @pytest.mark.parametrize("absent", ["residual", "weight", "bias", "residual weight bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
@@ -164,13 +171,13 @@ def test_either_output_may_go_unused(norm: str, dtype: torch.dtype, used: str) -
 
 def test_statistics_are_those_of_the_sum() -> None:
     values = inputs(dtype=torch.bfloat16)
-    _, z, mean, rstd = ops.dropout_norm(*(values[name] for name in NAMES), *settings())
-    assert mean.dtype is rstd.dtype is torch.float32
-    assert mean.shape == rstd.shape == (3, 5, 1)
+    _, z, statistics = ops.dropout_norm(*(values[name] for name in NAMES), *settings())
+    assert statistics.dtype is torch.float32
+    assert statistics.shape == (2, 3, 5, 1)
+    mean, rstd = statistics
     torch.testing.assert_close(mean, z.float().mean(-1, keepdim=True))
     torch.testing.assert_close(rstd, (z.float().var(-1, correction=0, keepdim=True) + EPS).rsqrt())
-    assert not mean.requires_grad
-    assert not rstd.requires_grad
+    assert not statistics.requires_grad
     assert z.requires_grad
 
 
@@ -250,9 +257,9 @@ def test_saved_are_the_sum_and_the_statistics(norm: str, p: float, residual: boo
     values, saved = inputs(norm), []
     values = values if residual else values | {"residual": None}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()) or t, lambda t: t):
-        _, z, mean, rstd = ops.dropout_norm(*(values[name] for name in NAMES), *settings(norm, p))
+        _, z, statistics = ops.dropout_norm(*(values[name] for name in NAMES), *settings(norm, p))
     z = z if residual or p else values["x"]
-    known = [t.detach() for t in (z, mean, rstd, values["weight"], *([torch.tensor(SEED)] if p else []))]
+    known = [t.detach() for t in (z, statistics, values["weight"], *([torch.tensor(SEED)] if p else []))]
     assert len(saved) == len(known)
     for tensor, expected in zip(saved, known, strict=True):
         assert torch.equal(tensor, expected)
@@ -307,14 +314,13 @@ def test_fake_tensors_with_symbolic_sizes(norm: str) -> None:
             name: None if value is None else mode.from_tensor(value, static_shapes=name in ("weight", "bias"))
             for name, value in values.items()
         }
-        y, z, mean, rstd = ops.dropout_norm(*(fake[name] for name in NAMES), *settings(norm, 0.0))
+        y, z, statistics = ops.dropout_norm(*(fake[name] for name in NAMES), *settings(norm, 0.0))
     assert isinstance(y.shape[0], torch.SymInt)
     assert y.shape == z.shape == fake["x"].shape
-    assert [*rstd.shape] == [*fake["x"].shape[:-1], 1]
-    assert mean.numel() == 0 if norm == "rms_norm" else mean.shape == rstd.shape
+    assert [*statistics.shape] == [2, *fake["x"].shape[:-1], 1]
 
 
-_STATISTICS = (torch.zeros(3, 5, 1), torch.ones(3, 5, 1))
+_STATISTICS = torch.stack((torch.zeros(3, 5, 1), torch.ones(3, 5, 1)))
 OPCHECKS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "forward": (ops.dropout_norm, lambda: (*inputs().values(), *settings())),
     "forward without a sum": (
@@ -330,7 +336,7 @@ OPCHECKS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
             ops.dropout_norm_backward,
             lambda grads=grads, wanted=wanted: (
                 *(torch.randn(3, 5, 24) if given else None for given in grads),
-                *(torch.randn(3, 5, 24), *_STATISTICS, torch.ones(24), torch.tensor(SEED), P, 1, "layer_norm", None),
+                *(torch.randn(3, 5, 24), _STATISTICS, torch.ones(24), torch.tensor(SEED), P, 1, "layer_norm", None),
                 wanted,
             ),
         )

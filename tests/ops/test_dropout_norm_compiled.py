@@ -18,8 +18,8 @@ from tests.precision import assert_as_exact_as_eager
 SEED, P, EPS = 0x1234_5678_9ABC_DEF0, 0.3, 1e-5
 
 
-def fused(values: dict[str, Any]) -> Tensor:
-    arguments = torch.tensor(SEED), P, EPS, 1, "layer_norm", None, False
+def fused(values: dict[str, Any], norm: str = "layer_norm") -> Tensor:
+    arguments = torch.tensor(SEED), P, EPS, 1, norm, None, False
     y: Tensor = torch.ops.fuse_pass.dropout_norm(*values.values(), *arguments)[0]
     return y
 
@@ -44,6 +44,7 @@ def example(rows: int, columns: int, dtype: torch.dtype, mean: float = 0.0) -> d
         (torch.bfloat16, 9, 64, 0.0),
         (torch.float32, 1, 33, 1e4),  # no multiple of a vector, and a mean that dwarfs the rest of the row
         (torch.bfloat16, 5, 17, 8.0),
+        (torch.float32, 37, 40, 0.0),  # two blocks of rows and five rows more
     ],
 )
 def test_as_exact_as_eager(dtype: torch.dtype, rows: int, columns: int, mean: float) -> None:
@@ -63,3 +64,15 @@ def test_each_way_hashes_once() -> None:
         _, codes = run_and_get_code(lambda: run(torch.compile(fused), values))
     first, _, _ = rng._MULTIPLIERS
     assert [code.count(f"({first})") for code in codes] == [1, 1]
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_all_steps_on_a_row_share_one_loop(norm: str) -> None:
+    """A loop of its own for each step would be a pass over memory each."""
+    rows = 9
+    values = example(rows, 64, torch.float32)
+    with inductor_config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(lambda: run(torch.compile(fused), values, norm))
+    for code in codes:
+        outer_loops = [line for line in code.splitlines() if "for(int64_t x0=" in line and f"({rows}L)" in line]
+        assert len(outer_loops) == 1, outer_loops

@@ -173,7 +173,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("norm weight not applied", "dropout_norm", without("weight")),
     Fault("norm bias not applied", "dropout_norm", without("bias")),
     Fault("mean not subtracted", "dropout_norm", lambda call, a: (
-        lambda y, z, mean, rstd: ((y + (mean * rstd if mean.numel() else 0)).to(y.dtype), z, mean, rstd))(*call(**a))),
+        lambda y, z, statistics: ((y + statistics.prod(0)).to(y.dtype), z, statistics))(*call(**a))),
     Fault("RMSNorm for LayerNorm's square", "dropout_norm", with_result(0, lambda y, a: y.abs())),
     Fault("second output lost", "dropout_norm", with_result(1, of_zeros)),
     Fault("the sum read again is its own input", "dropout_norm", with_result(1, lambda z, a: a["x"].clone())),
