@@ -71,6 +71,14 @@ def test_parameters_whose_gradients_are_summed_in_blocks(dtype: torch.dtype, row
     assert_exact(inputs("layer_norm", dtype, rows=rows))
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+def test_a_constant_row_is_exactly_zero(eps: float) -> None:
+    """The rounding of its mean, divided by the root of eps, would be noise of 1e-5 and more."""
+    x = torch.full((4, 23), 0.2) + torch.tensor([[0.0], [1.0], [100.0], [-3e4]])
+    y = ops.dropout_norm(x, None, None, None, None, 0.0, eps, 1, "layer_norm", None, False)[0]
+    assert torch.equal(y, torch.zeros_like(y))
+
+
 @pytest.mark.parametrize("absent", ["residual", "weight", "bias", "residual weight bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
