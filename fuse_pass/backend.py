@@ -20,7 +20,7 @@ from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cache_key import cache_key
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
-from fuse_pass.patterns import PATTERNS, Situation, apply, fake_quant
+from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant
 from fuse_pass.report import Report, publish
 from fuse_pass.spec import QuantSpec, spec_of
 
@@ -151,6 +151,8 @@ class FuseBackend:
         if self.quantize is not None:
             yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.quantize)
         for name in self.patterns:
+            if name == dense.PATTERN.name:
+                yield "opening attention", attention_projections.open_where_it_pays
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name])
 
 

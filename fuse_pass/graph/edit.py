@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -99,24 +100,35 @@ class Editor:
         with self._graph.inserting_before(node.next):
             yield
 
-    def traced(self, function: Callable[..., Any], node: Node) -> Node:
-        """Adds the operations that `function(tensor)` runs on the value of a node; returns the one with the result."""
-        value = node.meta["example_value"]
+    def trace(self, function: Callable[..., Any], *nodes: Node, pre_dispatch: bool = False) -> Graph:
+        """The operations that `function(*tensors)` runs on the values of nodes, with fake values as Dynamo notes them.
+
+        Args:
+            function: called once.
+            *nodes: whose values are its arguments.
+            pre_dispatch: record what PyTorch is called with, before autocast and autograd look at it.
+        """
         with self._surroundings():
-            traced = make_fx(function)(value)
-        twins: dict[Node, Any] = {}
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                twins[inner] = node
-            elif inner.op == "call_function":
+            traced = make_fx(function, pre_dispatch=pre_dispatch)(*(node.meta["example_value"] for node in nodes))
+        for node in traced.graph.nodes:
+            node.meta["example_value"] = node.meta.get("val")
+        return traced.graph
+
+    def inline(self, traced: Graph, *nodes: Node) -> Any:
+        """Adds the operations of a traced graph, called on nodes; returns what stands for its results."""
+        twins: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+        for inner in traced.nodes:
+            if inner.op == "call_function":
                 arguments, options = map_arg((inner.args, inner.kwargs), twins.__getitem__)
                 twins[inner] = self.call(inner.target, *arguments, **options)
-            elif inner.op == "output":
-                result: Node = twins[inner.args[0]]
-                return result
-            else:
-                raise RewriteError(f"{node.name}: {inner.op} {inner.target} cannot be copied into a graph")
-        raise RewriteError(f"{node.name}: the traced function has no result")
+            elif inner.op not in ("placeholder", "output"):
+                raise RewriteError(f"{self._like.name}: {inner.op} {inner.target} cannot be copied into a graph")
+        return map_arg(traced.output_node().args[0], twins.__getitem__)
+
+    def traced(self, function: Callable[[Tensor], Tensor], node: Node) -> Node:
+        """Adds the operations that `function(tensor)` runs on the value of a node; returns the one with the result."""
+        result: Node = self.inline(self.trace(function, node), node)
+        return result
 
     def call(self, target: Callable[..., Any] | str, *arguments: Any, **options: Any) -> Node:
         """Adds a call (of a function, or of a method if `target` is a name) and computes its fake value."""

@@ -77,6 +77,12 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
                 yield _candidate(layer, None)
 
 
+def is_candidate(layer: Linear) -> bool:
+    """Whether a Linear is faster as ours."""
+    sizes = _sizes(layer)
+    return sizes is not None and pays(*sizes)
+
+
 def _sizes(layer: Linear) -> tuple[torch.device, torch.dtype, tuple[Any, Any, Any]] | None:
     """Device, dtype and sizes of the product; None where a bias is added in another dtype than it has."""
     x, product, y = value_of(layer.input), value_of(layer.nodes[0]), value_of(layer.node)

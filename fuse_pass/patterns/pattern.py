@@ -102,7 +102,7 @@ def apply(pattern: Pattern, graph: Graph, situation: Situation) -> Report:
             taken |= candidate.nodes
             report.matches.append(_match(pattern, candidate))
         else:
-            report.declines.append(_decline(pattern, candidate, problem))
+            report.declines.append(decline_of(pattern.name, candidate.nodes, candidate.anchor, problem))
     editor = Editor(view)
     for candidate in accepted:
         pattern.replace(editor, candidate)
@@ -136,13 +136,13 @@ def _match(pattern: Pattern, candidate: Candidate) -> Match:
     )
 
 
-def _decline(pattern: Pattern, candidate: Candidate, problem: Problem) -> Decline:
+def decline_of(pattern: str, nodes: frozenset[Node], anchor: Node, problem: Problem) -> Decline:
     return Decline(
-        pattern.name,
+        pattern,
         problem.reason,
         problem.detail,
-        module_path(candidate.nodes),
-        source_line(problem.node) or source_line(candidate.anchor),
+        module_path(nodes),
+        source_line(problem.node) or source_line(anchor),
         problem.node.name,
     )
 

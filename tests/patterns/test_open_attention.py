@@ -12,35 +12,15 @@ from torch import Tensor, nn
 import fuse_pass
 from fuse_pass import FuseBackend, QuantSpec, Reason, convert, fake_quantize
 from tests.capture import Captured, capture
-from tests.nn.quantized_samples import SAMPLES, Sample
+from tests.nn.quantized_samples import Sample
+from tests.patterns.attention_forms import every_form
 
 FP8 = QuantSpec.uniform("fp8_e4m3")
 EXACT = QuantSpec.uniform("fp32")
-MASK = torch.tensor([[False, True, False, False, True], [False] * 5])
-CAUSAL = torch.ones(4, 5, dtype=torch.bool).triu(1)
-BIAS = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(1))
 
 
 def quantised(function: Any, *inputs: Any, spec: Any = FP8, **options: Any) -> Captured:
     return capture(function, *inputs, backend=FuseBackend(quantize=spec, strict=True), fullgraph=True, **options)
-
-
-def sample(*shapes: tuple[int, ...], call: dict[str, Any] | None = None, **options: Any) -> Sample:
-    return Sample(nn.MultiheadAttention, (8, 2), shapes, options, call or {})
-
-
-BATCHED = ((2, 4, 8), (2, 5, 8), (2, 5, 8))
-FORMS = (
-    *(s for s in SAMPLES if s.type is nn.MultiheadAttention),
-    sample(*BATCHED, batch_first=True, call={"need_weights": False}),
-    sample(*BATCHED, batch_first=True, call={"need_weights": False, "key_padding_mask": MASK}),
-    sample(*BATCHED, batch_first=True, call={"attn_mask": BIAS, "average_attn_weights": False}),
-    sample(*BATCHED, batch_first=True, call={"attn_mask": BIAS[0], "key_padding_mask": MASK * -2.0}),
-    sample((4, 8), (5, 8), (5, 8), call={"key_padding_mask": MASK[0], "need_weights": False}),
-    sample((5, 1, 8), (5, 1, 8), (5, 1, 8), bias=False),
-    sample((1, 5, 8), (1, 5, 8), (1, 5, 8), batch_first=True, add_zero_attn=True),
-)
-every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.id)
 
 
 def run(call: Any, inputs: tuple[Tensor, ...], layer: nn.Module) -> list[Tensor]:
