@@ -1,4 +1,4 @@
-"""Which half of the last dimension of another value a node is: `chunk`, `split`, `narrow` or a slice."""
+"""Which half of another value a node is, along one dimension: `chunk`, `split`, `narrow` or a slice."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class Half:
     """Attributes:
     source: the node that is halved.
     index: 0 for the first half, 1 for the second.
+    dim: which is halved, counted from the front.
     nodes: the nodes that take the half.
     """
 
     source: Node
     index: int
+    dim: int
     nodes: tuple[Node, ...]
 
 
@@ -38,40 +40,49 @@ def half_of(view: GraphView, node: Node) -> Half | None:
     if parts is not None and parts.kind in ("chunk", "split"):
         return _part(op, parts)
     index = op["other"]
-    if isinstance(index, tuple) and index and isinstance(index[-1], slice) and _takes_all(index[:-1], op["input"]):
-        return _slice(node, op["input"], -1, index[-1].start or 0) if index[-1].step in (None, 1) else None
+    if isinstance(index, tuple) and index:
+        return _sliced_once(node, op["input"], index)
     return None
 
 
 def _part(op: Op, parts: Op) -> Half | None:
     values, index = parts.node.meta.get("example_value"), op["other"]
-    if not isinstance(values, (tuple, list)) or len(values) != 2 or not _is_last(parts["input"], parts["dim"]):
+    dim = _dimension(parts["input"], parts["dim"])
+    if not isinstance(values, (tuple, list)) or len(values) != 2 or dim is None or not isinstance(index, int):
         return None
-    return Half(parts["input"], index % 2, (parts.node, op.node)) if isinstance(index, int) else None
+    return Half(parts["input"], index % 2, dim, (parts.node, op.node))
+
+
+def _sliced_once(node: Node, source: Node, index: tuple[Any, ...]) -> Half | None:
+    """`x[..., :n]`, `x[:, n:]`: everything along all dimensions but one."""
+    value = value_of(source)
+    if value is None or sum(i is Ellipsis for i in index) > 1 or len(index) > value.dim() + (Ellipsis in index):
+        return None
+    if not all(i is Ellipsis or (isinstance(i, slice) and i.step in (None, 1)) for i in index):
+        return None
+    place = index.index(Ellipsis) if Ellipsis in index else len(index)
+    slices = {**dict(enumerate(index[:place])), **{i - len(index): s for i, s in enumerate(index) if i > place}}
+    cuts = [(dim, cut) for dim, cut in slices.items() if cut != slice(None)]
+    return _slice(node, source, cuts[0][0], cuts[0][1].start or 0) if len(cuts) == 1 else None
 
 
 def _slice(node: Node, source: Node, dim: Any, start: Any) -> Half | None:
-    whole, part, begin = value_of(source), value_of(node), _number(start)
-    if whole is None or part is None or begin is None or not _is_last(source, dim):
+    whole, part, begin, dim = value_of(source), value_of(node), _number(start), _dimension(source, dim)
+    if whole is None or part is None or begin is None or dim is None:
         return None
-    width = part.shape[-1]
-    if not same_size(2 * width, whole.shape[-1]):
+    width = part.shape[dim]
+    if not same_size(2 * width, whole.shape[dim]):
         return None
     if same_size(begin, 0):
-        return Half(source, 0, (node,))
-    return Half(source, 1, (node,)) if same_size(begin, width) or same_size(begin, -width) else None
+        return Half(source, 0, dim, (node,))
+    return Half(source, 1, dim, (node,)) if same_size(begin, width) or same_size(begin, -width) else None
 
 
-def _takes_all(index: tuple[Any, ...], source: Any) -> bool:
+def _dimension(source: Node, dim: Any) -> int | None:
     value = value_of(source)
-    if value is None or not all(i is Ellipsis or (isinstance(i, slice) and i == slice(None)) for i in index):
-        return False
-    return Ellipsis in index or len(index) == value.dim() - 1
-
-
-def _is_last(source: Node, dim: Any) -> bool:
-    value = value_of(source)
-    return value is not None and isinstance(dim, int) and dim in (-1, value.dim() - 1)
+    if value is None or not isinstance(dim, int) or not -value.dim() <= dim < value.dim():
+        return None
+    return dim % value.dim()
 
 
 def _number(value: Any) -> Any:

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from fuse_pass.graph.convolution import CHANNELS, is_grouped, pointwise_layers
+from fuse_pass.graph.convolution import CHANNELS, pointwise_layers
 from fuse_pass.graph.edit import Editor
+from fuse_pass.graph.experts import expert_layers
 from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
@@ -35,6 +36,7 @@ from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost
 from fuse_pass.patterns.linear_chain import (
     as_linear_weight,
     problem_of_bias,
+    problem_of_groups,
     problem_of_walks,
     through_dropout,
     through_quantisation,
@@ -155,7 +157,7 @@ SPELLINGS: dict[str, Any] = {
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     explained: set[Node] = set()
-    layers = {**view.linears, **pointwise_layers(view)}
+    layers = {**expert_layers(view), **pointwise_layers(view), **view.linears}
     for second in sorted(layers.values(), key=lambda layer: view.position[layer.node]):
         candidate, activation = _ending_in(view, layers, second, taken)
         if activation is not None:
@@ -236,24 +238,13 @@ def _candidate(
         constants=constants,
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=_problem_on_the_way(walks, second.features)
+        problem=problem_of_groups(view, first, second)
+        or problem_of_walks(walks, second.features)
         or activation.problem
         or problem_of_bias(first)
         or problem_of_bias(second)
-        or _problem_of_width(first, second)
-        or _problem_of_groups(view, first, second),
+        or _problem_of_width(first, second),
     )
-
-
-def _problem_on_the_way(walks: list[Walk], features: int) -> Problem | None:
-    """Rows of a Linear may be rearranged and put back; pixels of a convolution may not."""
-    problem = problem_of_walks(walks)
-    for walk in walks:
-        if problem is None and features == CHANNELS and walk.passed:
-            start, end = value_of(walk.node), value_of(walk.passed[0])
-            if start is None or end is None or not same_shape(start.shape, end.shape):
-                return Problem(Reason.LAYOUT, f"{walk.passed[0].name} changes the shape", walk.passed[0])
-    return problem
 
 
 def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
@@ -262,13 +253,6 @@ def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
     dim = first.features
     if before is None or after is None or not same_size(before.shape[dim], after.shape[dim]):
         return Problem(Reason.LAYOUT, f"{second.input.name} is not as wide as {first.node.name}", second.input)
-    return None
-
-
-def _problem_of_groups(view: GraphView, *layers: Linear) -> Problem | None:
-    for layer in layers:
-        if is_grouped(view, layer):
-            return Problem(Reason.COST, f"{layer.node.name} is grouped: several small products", layer.node)
     return None
 
 
@@ -295,8 +279,10 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
     if candidate.constants["features"] == CHANNELS:
-        return cost_of_layout(candidate.anchor, x, y)
-    if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
+        costs = cost_of_layout(candidate.anchor, x, y)
+        if costs is not None:
+            return costs
+    elif x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
     weight1 = value_of(candidate.inputs["weight1"])
     if weight1 is not None and weight1.requires_grad:

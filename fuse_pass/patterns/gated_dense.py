@@ -1,20 +1,22 @@
 """A gated feed-forward block: `y = dropout(act(x Wgᵀ + bg) ⊙ (x Wuᵀ + bu)) W2ᵀ + b2` (GLU, ReGLU, GEGLU, SwiGLU).
 
 Shapes: x `[..., d_in]`, Wg and Wu `[d_hidden, d_in]`, W2 `[d_out, d_hidden]`, y `[..., d_out]`; biases are optional.
-Gate and up may also be the halves of one merged projection `[2 d_hidden, d_in]`, in either order.
+Gate and up may also be the halves of one merged projection `[2 d_hidden, d_in]`, in either order. 1×1 convolutions
+count as Linear layers along dimension 1 (see `channels`).
 
 It comes before Linear → activation → Linear, which would explain each gate as a near miss.
 
 Declines when: an interior value has a second reader; anything that writes, or switches autocast or grad mode, lies
 inside; a cast changes the dtype inside; a bias is added in another dtype; a written-out activation has other constants;
 gate and up differ in width, or their rows are rearranged; a tensor is a subclass or on another device; the user wants
-eager's random numbers.
+eager's random numbers; a convolution is grouped, or its layout costs more to change than the fusion gives; every expert
+of a mixture has weights of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,20 @@ from torch import Tensor
 from torch.fx import Node
 
 from fuse_pass.graph.canonical import Op
+from fuse_pass.graph.convolution import CHANNELS, pointwise_layers
 from fuse_pass.graph.edit import Editor
-from fuse_pass.graph.halves import half_of
+from fuse_pass.graph.experts import expert_layers
+from fuse_pass.graph.halves import Half, half_of
 from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import activation_at
+from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
 from fuse_pass.patterns.linear_chain import (
     as_linear_weight,
     problem_of_bias,
+    problem_of_groups,
     problem_of_walks,
     through_dropout,
     through_quantisation,
@@ -163,39 +169,42 @@ class _Product:
 
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
-    for second in view.linears.values():
+    layers = {**expert_layers(view), **pointwise_layers(view), **view.linears}
+    for second in sorted(layers.values(), key=lambda layer: view.position[layer.node]):
         upper = view.walk_up(second.input)
         walks, nodes = [upper], [*second.nodes, *upper.passed]
         act_format = through_quantisation(view, walks, nodes)
         p = through_dropout(view, walks, nodes)
-        found = _product_at(view, walks[-1].node)
-        if found is not None:
+        found = _product_at(view, layers, walks[-1].node)
+        if found is not None and found.gate.layer.features == found.up.layer.features == second.features:
             nodes += [*found.nodes, *found.gate.nodes, *found.up.nodes]
-            yield _candidate(found, second, p, walks, nodes, act_format)
+            yield _candidate(view, found, second, p, walks, nodes, act_format)
 
 
-def _product_at(view: GraphView, node: Node) -> _Product | None:
+def _product_at(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _Product | None:
     op = view.op(node)
     if op is None or (op.in_place and not view.owns_its_input(op)):
         return None
     if op.kind == "glu":
-        return _glu(view, op)
+        return _glu(view, layers, op)
     if op.kind != "mul":
         return None
     for activated, other in ((op["input"], op["other"]), (op["other"], op["input"])):
         if isinstance(activated, Node) and isinstance(other, Node):
-            product = _gated_by(view, node, activated, other)
+            product = _gated_by(view, layers, node, activated, other)
             if product is not None:
                 return product
     return None
 
 
-def _gated_by(view: GraphView, node: Node, activated: Node, other: Node) -> _Product | None:
+def _gated_by(
+    view: GraphView, layers: Mapping[Node, Linear], node: Node, activated: Node, other: Node
+) -> _Product | None:
     walk = view.walk_up(activated)
     activation = activation_at(view, walk.node)
     if activation is None or activation.weight is not None:
         return None
-    gate, up = _projection(view, activation.input), _projection(view, other)
+    gate, up = _projection(view, layers, activation.input), _projection(view, layers, other)
     if gate is None or up is None or not _belong_together(gate, up):
         return None
     nodes = (node, *walk.passed, *activation.nodes)
@@ -203,19 +212,18 @@ def _gated_by(view: GraphView, node: Node, activated: Node, other: Node) -> _Pro
     return _Product(gate, up, activation.name, activation.arguments, activation.problem, nodes)
 
 
-def _glu(view: GraphView, op: Op) -> _Product | None:
+def _glu(view: GraphView, layers: Mapping[Node, Linear], op: Op) -> _Product | None:
     """`F.glu(h)` is the first half of h times the sigmoid of the second."""
-    value = value_of(op["input"])
-    if value is None or op["dim"] not in (-1, value.dim() - 1):
+    value, whole = value_of(op["input"]), _projection(view, layers, op["input"])
+    if value is None or whole is None or whole.half is not None:
         return None
-    whole = _projection(view, op["input"])
-    if whole is None or whole.half is not None:
+    if not isinstance(op["dim"], int) or (op["dim"] - whole.layer.features) % value.dim():
         return None
     up, gate = (_Projection(whole.layer, whole.format, half, op.node, whole.walks, whole.nodes) for half in (0, 1))
     return _Product(gate, up, "sigmoid", (), None, (op.node,))
 
 
-def _projection(view: GraphView, node: Node) -> _Projection | None:
+def _projection(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _Projection | None:
     walks, nodes = [view.walk_up(node)], [*view.walk_up(node).passed]
     value = walks[0].node
     half = half_of(view, value)
@@ -223,11 +231,16 @@ def _projection(view: GraphView, node: Node) -> _Projection | None:
         walks.append(view.walk_up(half.source))
         nodes += [*half.nodes, *walks[-1].passed]
     hidden_format = through_quantisation(view, walks, nodes)
-    layer = view.linears.get(walks[-1].node)
-    if layer is None:
+    layer = layers.get(walks[-1].node)
+    if layer is None or (half is not None and not _is_along(half, layer.features)):
         return None
     index = None if half is None else half.index
     return _Projection(layer, hidden_format, index, value, tuple(walks), (*nodes, *layer.nodes))
+
+
+def _is_along(half: Half, features: int) -> bool:
+    value = value_of(half.source)
+    return value is not None and half.dim == features % value.dim()
 
 
 def _belong_together(gate: _Projection, up: _Projection) -> bool:
@@ -239,7 +252,13 @@ def _belong_together(gate: _Projection, up: _Projection) -> bool:
 
 
 def _candidate(
-    found: _Product, second: Linear, p: Any, walks: list[Walk], nodes: list[Node], act_format: list[int]
+    view: GraphView,
+    found: _Product,
+    second: Linear,
+    p: Any,
+    walks: list[Walk],
+    nodes: list[Node],
+    act_format: list[int],
 ) -> Candidate:
     gate, up = found.gate.layer, found.up.layer
     is_merged = found.gate.half is not None
@@ -261,10 +280,12 @@ def _candidate(
         "arguments": found.arguments,
         "gate_second": found.gate.half == 1,
         "formats": (found.gate.format, act_format),
+        "features": second.features,
     }
     words = [found.activation.replace("_", " ")]
     words += ["merged"] if is_merged else []
     words += [f"dropout {p}"] if drops else []
+    words += ["1×1 convolutions"] if second.features == CHANNELS else []
     words += ["fake-quantised"] if act_format or found.gate.format else []
     return Candidate(
         anchor=second.node,
@@ -274,7 +295,8 @@ def _candidate(
         constants=constants,
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=problem_of_walks([*walks, *found.gate.walks, *found.up.walks])
+        problem=problem_of_groups(view, gate, up, second)
+        or problem_of_walks([*walks, *found.gate.walks, *found.up.walks], second.features)
         or found.problem
         or problem_of_bias(gate)
         or problem_of_bias(up)
@@ -293,7 +315,11 @@ def _problem_of_shapes(found: _Product) -> Problem | None:
 
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
-    if x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
+    if candidate.constants["features"] == CHANNELS:
+        costs = cost_of_layout(candidate.anchor, x, y)
+        if costs is not None:
+            return costs
+    elif x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
     weights = [value_of(candidate.inputs[name]) for name in ("weight1", "weight_up")]
     if any(weight is not None and weight.requires_grad for weight in weights):
@@ -305,15 +331,16 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     inputs, constants = candidate.inputs, candidate.constants
     y_value = value_of(candidate.anchor)
     assert y_value is not None
+    along_channels = constants["features"] == CHANNELS
     with editor.at(candidate.outputs, candidate.nodes):
         names = ("weight1", "weight_up", "weight2")
         weight1, weight_up, weight2 = (
-            None if inputs[name] is None else as_linear_weight(editor, inputs[name], transposed, False)
+            None if inputs[name] is None else as_linear_weight(editor, inputs[name], transposed, along_channels)
             for name, transposed in zip(names, constants["transposed"], strict=True)
         )
         seed = editor.call(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
         arguments = (
-            inputs["x"],
+            channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"],
             weight1,
             inputs["bias1"],
             weight_up,
@@ -331,6 +358,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             y = editor.item(editor.call(torch.ops.fuse_pass.gated_dense.default, *arguments), 0)
         else:
             y = editor.call(torch.ops.fuse_pass.gated_dense_inference.default, *arguments)
+        y = channels_back(editor, y, y_value) if along_channels else y
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)
 

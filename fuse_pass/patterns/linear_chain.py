@@ -7,9 +7,11 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
+from fuse_pass.graph.convolution import CHANNELS, is_grouped
 from fuse_pass.graph.edit import Editor
+from fuse_pass.graph.experts import has_experts
 from fuse_pass.graph.safety import Problem
-from fuse_pass.graph.shapes import value_of
+from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.packed_format import pack
 from fuse_pass.report import Reason
@@ -39,12 +41,27 @@ def through_dropout(view: GraphView, walks: list[Walk], nodes: list[Node]) -> An
     return dropout["p"]
 
 
-def problem_of_walks(walks: list[Walk]) -> Problem | None:
+def problem_of_walks(walks: list[Walk], features: int) -> Problem | None:
+    """Rows of a Linear may be rearranged and put back; pixels of a convolution may not."""
     for walk in walks:
         if walk.casts:
             return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
-        if walk.moves_rows is not None:
+        if features == CHANNELS and walk.passed:
+            start, end = value_of(walk.node), value_of(walk.passed[0])
+            if start is None or end is None or not same_shape(start.shape, end.shape):
+                return Problem(Reason.LAYOUT, f"{walk.passed[0].name} changes the shape", walk.passed[0])
+        elif walk.moves_rows is not None:
             return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
+    return None
+
+
+def problem_of_groups(view: GraphView, *layers: Linear) -> Problem | None:
+    """Many products in one call, for which there is no faster library."""
+    for layer in layers:
+        if is_grouped(view, layer):
+            return Problem(Reason.COST, f"{layer.node.name} is grouped: several small products", layer.node)
+        if has_experts(layer):
+            return Problem(Reason.COST, f"{layer.node.name} has weights of its own for every expert", layer.node)
     return None
 
 
