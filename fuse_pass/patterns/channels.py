@@ -32,9 +32,9 @@ def cost_of_layout(anchor: Node, x: torch.Tensor | None, y: torch.Tensor | None)
     """Why moving the channels of x to the end, and those of y back, would cost more than the fusion gives."""
     if x is None or y is None:
         return Problem(Reason.LAYOUT, f"the shape of {anchor.name} is unknown", anchor)
-    rows = _rows(x)
-    if isinstance(rows, int) and rows < _MIN_ROWS:
-        return Problem(Reason.COST, f"{rows} rows are too few to gain from another layout", anchor)
+    problem = cost_of_few_rows(anchor, x)
+    if problem is not None:
+        return problem
     if not _can_be_restored(y):
         return Problem(Reason.COST, f"{anchor.name} has strides {tuple(y.stride())} that take another copy", anchor)
     copies = not (has_channels_last(x) and has_channels_last(y))
@@ -42,6 +42,13 @@ def cost_of_layout(anchor: Node, x: torch.Tensor | None, y: torch.Tensor | None)
     if copies and not transposed and not (y.device.type == "cpu" and y.dtype is torch.float32):
         detail = f"the channels of {tuple(x.shape)} would have to be copied to the end, and back"
         return Problem(Reason.COST, detail, anchor)
+    return None
+
+
+def cost_of_few_rows(anchor: Node, x: torch.Tensor | None) -> Problem | None:
+    rows = None if x is None else _rows(x)
+    if isinstance(rows, int) and rows < _MIN_ROWS:
+        return Problem(Reason.COST, f"{rows} rows are too few to gain from another layout", anchor)
     return None
 
 

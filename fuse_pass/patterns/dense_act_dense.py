@@ -2,7 +2,8 @@
 
 Shapes: x `[..., d_in]`, W1 `[d_hidden, d_in]`, W2 `[d_out, d_hidden]`, y `[..., d_out]`; biases are optional.
 
-1×1 convolutions count as Linear layers along dimension 1 (see `channels`).
+1×1 convolutions count as Linear layers along dimension 1 (see `channels`); of images of one pixel, the first may be one
+and the second a Linear behind a flattening.
 
 In a chain Linear → act → Linear → act → Linear the middle Linear ends one match and begins the next.
 
@@ -32,10 +33,11 @@ from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
-from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
+from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_few_rows, cost_of_layout
 from fuse_pass.patterns.linear_chain import (
     as_linear_weight,
     problem_of_bias,
+    problem_of_casts,
     problem_of_groups,
     problem_of_walks,
     through_dropout,
@@ -185,11 +187,18 @@ def _ending_in(
     nodes += [*activation.nodes, *walks[-1].passed]
     hidden_format = through_quantisation(view, walks, nodes)
     first = layers.get(walks[-1].node)
-    if first is None or first.features != second.features:
+    if first is None or not (first.features == second.features or _is_flattened(first, second)):
         return None, activation
     in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
     formats = (hidden_format, act_format)
     return _candidate(view, first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
+
+
+def _is_flattened(first: Linear, second: Linear) -> bool:
+    """A Linear behind a 1×1 convolution of images of one pixel, as in the head of a MobileNet."""
+    value = value_of(first.node)
+    is_one_pixel = value is not None and all(same_size(size, 1) for size in value.shape[2:])
+    return is_one_pixel and first.features == CHANNELS and second.features != CHANNELS
 
 
 def _candidate(
@@ -219,6 +228,7 @@ def _candidate(
         "transposed1": first.transposed,
         "transposed2": second.transposed,
         "features": second.features,
+        "flattened": first.features != second.features,
         "p": p,
         "drops": drops,
         "activation": activation.name,
@@ -228,7 +238,7 @@ def _candidate(
     words = [activation.name.replace("_", " ")]
     words += [f"dropout {p}"] if drops else []
     words += ["chained"] if in_chain else []
-    words += ["1×1 convolutions"] if second.features == CHANNELS else []
+    words += ["1×1 convolutions"] if first.features == CHANNELS else []
     words += ["fake-quantised"] if any(formats) else []
     return Candidate(
         anchor=second.node,
@@ -239,7 +249,7 @@ def _candidate(
         variant=", ".join(words),
         needs_random_numbers=drops,
         problem=problem_of_groups(view, first, second)
-        or problem_of_walks(walks, second.features)
+        or _problem_on_the_way(walks, first, second)
         or activation.problem
         or problem_of_bias(first)
         or problem_of_bias(second)
@@ -247,11 +257,19 @@ def _candidate(
     )
 
 
+def _problem_on_the_way(walks: list[Walk], first: Linear, second: Linear) -> Problem | None:
+    if first.features == second.features:
+        return problem_of_walks(walks, second.features)
+    before, after = value_of(first.node), value_of(second.input)
+    if before is None or after is None or not same_shape(before.shape[:2], after.shape):
+        return Problem(Reason.LAYOUT, f"{second.input.name} is not {first.node.name}, flattened", second.input)
+    return problem_of_casts(walks)
+
+
 def _problem_of_width(first: Linear, second: Linear) -> Problem | None:
     """A written-out activation may have multiplied a value with its own reshaped self."""
     before, after = value_of(first.node), value_of(second.input)
-    dim = first.features
-    if before is None or after is None or not same_size(before.shape[dim], after.shape[dim]):
+    if before is None or after is None or not same_size(before.shape[first.features], after.shape[second.features]):
         return Problem(Reason.LAYOUT, f"{second.input.name} is not as wide as {first.node.name}", second.input)
     return None
 
@@ -278,12 +296,15 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
 
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
+    costs = None
     if candidate.constants["features"] == CHANNELS:
         costs = cost_of_layout(candidate.anchor, x, y)
-        if costs is not None:
-            return costs
+    elif candidate.constants["flattened"]:
+        costs = cost_of_few_rows(candidate.anchor, x)
     elif x is None or y is None or not same_shape(x.shape[:-1], y.shape[:-1]):
         return Problem(Reason.LAYOUT, "the rows of the result are arranged otherwise than those of x", candidate.anchor)
+    if costs is not None:
+        return costs
     weight1 = value_of(candidate.inputs["weight1"])
     if weight1 is not None and weight1.requires_grad:
         return None  # eager keeps x too
@@ -306,10 +327,13 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             *(constants["formats"] if any(constants["formats"]) else ()),
         )
         x = channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"]
+        x = editor.call("flatten", x, 1) if constants["flattened"] else x
         if inputs["weight1"] is None:
             y = editor.call(torch.ops.fuse_pass.act_dense.default, x, *tail, *settings)
         else:
-            weight1 = as_linear_weight(editor, inputs["weight1"], constants["transposed1"], along_channels)
+            weight1 = as_linear_weight(
+                editor, inputs["weight1"], constants["transposed1"], along_channels or constants["flattened"]
+            )
             arguments = (x, weight1, inputs["bias1"], *tail, *settings)
             if y_value.requires_grad:
                 y = editor.item(editor.call(torch.ops.fuse_pass.dense_act_dense.default, *arguments), 0)

@@ -43,15 +43,23 @@ def through_dropout(view: GraphView, walks: list[Walk], nodes: list[Node]) -> An
 
 def problem_of_walks(walks: list[Walk], features: int) -> Problem | None:
     """Rows of a Linear may be rearranged and put back; pixels of a convolution may not."""
+    problem = problem_of_casts(walks)
+    if problem is not None:
+        return problem
     for walk in walks:
-        if walk.casts:
-            return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
         if features == CHANNELS and walk.passed:
             start, end = value_of(walk.node), value_of(walk.passed[0])
             if start is None or end is None or not same_shape(start.shape, end.shape):
                 return Problem(Reason.LAYOUT, f"{walk.passed[0].name} changes the shape", walk.passed[0])
         elif walk.moves_rows is not None:
             return Problem(Reason.LAYOUT, f"{walk.moves_rows.name} changes the last dimension", walk.moves_rows)
+    return None
+
+
+def problem_of_casts(walks: list[Walk]) -> Problem | None:
+    for walk in walks:
+        if walk.casts:
+            return Problem(Reason.DTYPES, f"{walk.casts[0].name} casts between the two Linear layers", walk.casts[0])
     return None
 
 

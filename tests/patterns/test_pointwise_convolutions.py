@@ -177,3 +177,53 @@ def test_pixels_that_change_places() -> None:
 
     (decline,) = assert_declines(function, inputs(torch.randn(3, 8, 5, 6)), Reason.LAYOUT, "reshape")
     assert "shape" in decline.detail
+
+
+# --- a Linear behind images of one pixel ------------------------------------------------------------------------------
+
+FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten": lambda h: h.flatten(1),
+    "view": lambda h: h.view(h.size(0), -1),
+    "squeeze": lambda h: h.squeeze(-1).squeeze(-1),
+    "dropout": lambda h: F.dropout(h.flatten(1), 0.2, False),
+}
+
+
+def head(flattened: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def function(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        return F.linear(flattened(F.hardswish(F.conv2d(pooled, w1, b1))), w2.flatten(1), b2)
+
+    return function
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("flattened", FLATTENINGS.values(), ids=FLATTENINGS)
+def test_a_linear_behind_images_of_one_pixel(flattened: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    values = inputs(torch.randn(70, 8, 3, 3))
+    found = assert_fused_like_eager(head(flattened), values, counts={"dense_act_dense": 1}, dynamic=dynamic)
+    assert found.report.matches[0].variant == "hardswish, 1×1 convolutions"
+    with torch.no_grad():
+        assert_fused_like_eager(head(flattened), values, counts={"dense_act_dense": 1}, dynamic=dynamic)
+
+
+def test_a_few_images_of_one_pixel() -> None:
+    assert_declines(head(FLATTENINGS["flatten"]), inputs(torch.randn(5, 8, 3, 3)), Reason.COST, "linear")
+
+
+def test_a_linear_that_mixes_pixels() -> None:
+    def classifier(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.relu(F.conv2d(x, w1, b1)).flatten(1), w2.flatten(1).repeat(1, 9), b2)
+
+    found = assert_fused_like_eager(classifier, inputs(torch.randn(70, 8, 3, 3)), counts={})
+    assert found.report.declines == []
+
+
+def test_images_that_become_features() -> None:
+    """As many numbers, but of 70 images: no flattening."""
+
+    def turned(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        h = F.relu(F.conv2d(x, w1, b1))
+        return F.linear(h.reshape(24, 70), w2.flatten(1).repeat(1, 3)[:, :70], b2)
+
+    assert_declines(turned, inputs(torch.randn(70, 8, 1, 1)), Reason.LAYOUT, "reshape")
