@@ -2,8 +2,9 @@
 
 Shapes: x, residual and y `[..., *normalized_shape]`. Without an active dropout, add → norm counts as p = 0, and so does
 an inactive dropout → norm. Where the sum (or the dropout without a sum) is read by others too, as in the residual
-stream of a pre-norm block, it becomes a second output. A cast before the norm is taken over, and a view that keeps the
-rows moves behind it. A fake quantisation of what the norm reads happens inside. The norm may be written out.
+stream of a pre-norm block, it becomes a second output. A cast before the norm is taken over, and whatever keeps the
+rows whole moves behind it: views and, where a dropout is active, windows that are put back into an image. A fake
+quantisation of what the norm reads happens inside. The norm may be written out.
 
 Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies
 inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are
@@ -31,7 +32,7 @@ from fuse_pass.graph.view import GraphView, is_active_dropout
 from fuse_pass.patterns.norm_forms import Norm, norms_of
 from fuse_pass.patterns.norm_spellings import WRITTEN_OUT
 from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
-from fuse_pass.patterns.sum_path import path_from
+from fuse_pass.patterns.sum_path import MOVING, Path, path_from
 from fuse_pass.report import Reason
 
 
@@ -175,15 +176,35 @@ def _ending_in(view: GraphView, norm: Norm) -> Candidate | None:
         constants={
             "p": found.p, "drops": drops, "eps": norm.eps, "shape": norm.shape, "norm": norm.kind,
             "sum": found.node, "normalised": norm.input, "residual_first": found.residual_first,
-            "casts": path.of_kind(view, "cast"), "reshapes": path.of_kind(view, "reshape"),
+            "casts": path.of_kind(view, "cast"), "reshapes": path.of_kind(view, "reshape", *MOVING),
             "quantised": path.quantised, "sum_format": path.sum_format,
             "written_out": len(norm.nodes) > 1,
             "round_normalised": norm.round_normalised,
         },
         variant=", ".join(words),
         needs_random_numbers=drops,
-        problem=norm.problem or found.problem or path.problem,
+        problem=norm.problem or found.problem or path.problem or _problem_of_moves(path, norm, found, drops=drops),
     )  # fmt: skip
+
+
+def _problem_of_moves(path: Path, norm: Norm, found: _Sum, *, drops: bool) -> Problem | None:
+    """Windows are put back into an image between a dropout and its norm (Swin V2): the norm goes before."""
+    if not path.moves:
+        return None
+    value, last = value_of(found.node), path.moves[-1]
+    if not drops:
+        detail = f"{last.name} rearranges the rows: without a dropout there is nothing to gain"
+        return Problem(Reason.COST, detail, last)
+    if value is None or not same_strides(value, value.new_empty(value.shape)):
+        return Problem(Reason.LAYOUT, f"{last.name} rearranges the rows of a transposed sum", last)
+    values = [value_of(node) for node in (*path.nodes, norm.node)]
+    if not all(isinstance(stride, int) for value in values if value is not None for stride in value.stride()):
+        return Problem(Reason.LAYOUT, f"{last.name} rearranges rows by sizes that are known at run time only", last)
+    if not isinstance(norm.shape, (tuple, list)) or len(norm.shape) != 1:
+        return Problem(
+            Reason.LAYOUT, f"{last.name} may rearrange the dimensions {norm.shape} that are normalised", last
+        )
+    return None
 
 
 def _sum_at(view: GraphView, node: Any) -> _Sum | None:
@@ -305,6 +326,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     with editor.at((candidate.anchor,), (candidate.anchor,)):  # the sizes of a reshape may be computed late
         for reshape in constants["reshapes"]:
             outputs[0] = editor.call(reshape.target, outputs[0], *reshape.args[1:], **reshape.kwargs)
+        outputs[0] = editor.laid_out_as(candidate.anchor, outputs[0])
     for old, new in zip(candidate.outputs, outputs, strict=True):
         editor.replace(old, new)
     editor.erase(candidate.nodes)

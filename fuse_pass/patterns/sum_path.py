@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.safety import Problem
-from fuse_pass.graph.shapes import same_size, value_of
+from fuse_pass.graph.shapes import keeps_rows, same_shape, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
 from fuse_pass.ops.packed_format import pack
 from fuse_pass.report import Reason
@@ -22,6 +23,7 @@ class Path:
     Attributes:
         top: that value.
         nodes: casts, reshapes, permutations, inactive dropouts and a fake quantisation; the one the norm reads first.
+        moves: those of them that put rows in another place.
         quantised: the fake quantisation, if there is one.
         sum_format: its settings as `ops.packed_format` has them; empty where there is none.
         problem: what stands in the way.
@@ -29,19 +31,21 @@ class Path:
 
     top: Any
     nodes: list[Node] = field(default_factory=list)
+    moves: list[Node] = field(default_factory=list)
     quantised: Node | None = None
     sum_format: list[int] = field(default_factory=list)
     problem: Problem | None = None
 
-    def of_kind(self, view: GraphView, kind: str) -> tuple[Node, ...]:
-        """The nodes of one kind in graph order."""
-        return tuple(node for node in reversed(self.nodes) if view.kind(node) == kind)
+    def of_kind(self, view: GraphView, *kinds: str) -> tuple[Node, ...]:
+        """The nodes of some kinds in graph order."""
+        return tuple(node for node in reversed(self.nodes) if view.kind(node) in kinds)
 
     def up_to_dropout(self, view: GraphView) -> Path:
         """The path up to its first inactive dropout, for where there is no sum above it."""
         for i, node in enumerate(self.nodes):
             if view.kind(node) == "dropout":
                 path = Path(node, self.nodes[:i])
+                path.moves = [move for move in self.moves if move in path.nodes]
                 if self.quantised in path.nodes:
                     path.quantised, path.sum_format = self.quantised, self.sum_format
                 if self.problem is not None and self.problem.node in path.nodes:
@@ -70,16 +74,19 @@ def path_from(view: GraphView, node: Any) -> Path:
                 break
             continue
         in_the_way = op.kind == "dropout" and (is_active_dropout(op) or op.in_place)
+        in_the_way = in_the_way or (op.kind in MOVING and value_of(op["input"]) is None)  # a part of a tuple
         if op.kind not in _PASSED or in_the_way or not path.top.args:
             break
-        if op.kind in ("permute", "transpose"):
-            path.problem = path.problem or _permuted(path.top)
+        if op.kind in MOVING:
+            path.problem = path.problem or _problem_of_move(op)
+            path.moves += [] if op.kind == "getitem" else [path.top]
         path.nodes.append(path.top)
         path.top = path.top.args[0]
     return path
 
 
-_PASSED = ("cast", "reshape", "dropout", "permute", "transpose")
+MOVING = ("permute", "transpose", "roll", "getitem")
+_PASSED = ("cast", "reshape", "dropout", *MOVING)
 
 
 def channels_apart(node: Node) -> Problem:
@@ -92,11 +99,41 @@ def channels_apart(node: Node) -> Problem:
     return Problem(Reason.COST, f"{node.name}: the channels that are normalised do not lie side by side", node)
 
 
-def _permuted(node: Node) -> Problem:
-    before, after = value_of(node.args[0]), value_of(node)
-    if before is not None and after is not None and before.dim() and same_size(before.stride(-1), after.stride(-1)):
-        return Problem(Reason.LAYOUT, f"{node.name} rearranges the rows", node)
-    return channels_apart(node)
+def _problem_of_move(op: Op) -> Problem | None:
+    """Whole rows may change places: the norm of each stays what it is."""
+    before, after = value_of(op["input"]), value_of(op.node)
+    assert before is not None
+    if op.kind == "getitem":  # rows that are cut off have a gradient of zero, whatever their values
+        if _is_slice(op["other"]) and after is not None and same_shape(before.shape, after.shape):
+            return None
+        if keeps_rows(before, after):
+            return Problem(Reason.COST, f"{op.node.name} leaves rows out: the sum is needed all the same", op.node)
+        return Problem(Reason.LAYOUT, f"{op.node.name} changes the rows", op.node)
+    moved = _moved_dimensions(op, before.dim())
+    if moved is not None and before.dim() - 1 not in moved:
+        return None
+    return (
+        Problem(Reason.LAYOUT, f"{op.node.name} changes the rows", op.node)
+        if op.kind == "roll"
+        else channels_apart(op.node)
+    )
+
+
+def _is_slice(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is Ellipsis or (isinstance(part, slice) and part.step in (None, 1)) for part in parts)
+
+
+def _moved_dimensions(op: Op, rank: int) -> set[int] | None:
+    """The dimensions that do not stay where they are."""
+    if op.kind == "permute":
+        dims = op["arguments"] or tuple(op["options"].values())
+        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        known = all(isinstance(dim, int) for dim in dims)
+        return {i for i, dim in enumerate(dims) if dim % rank != i} if known else None
+    dims = (op["dim0"], op["dim1"]) if op.kind == "transpose" else op["dims"]
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    return {dim % rank for dim in dims} if all(isinstance(dim, int) for dim in dims) else None
 
 
 _ROUNDING = ("fuse_pass.fake_quantize", "fuse_pass.fake_quantize_int", "fuse_pass.straight_through")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fuse_pass.patterns.dropout_norm import example_inputs
 from fuse_pass.report import Reason
 from tests.capture import Captured, capture
-from tests.patterns.truth import SEED, assert_declines, assert_fused_like_eager, fused, leaves, with_grads
+from tests.patterns.truth import SEED, assert_fused_like_eager, fused, leaves, with_grads
 
 
 def timm_drop_path(x: Tensor, keep: float = 0.8) -> Tensor:
@@ -129,13 +129,6 @@ def inactive_dropout(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def test_norms_over_channels_are_recognised_and_cost_too_much(function: Any) -> None:
     found = assert_fused_like_eager(function, images(), counts={})
     assert [decline.reason for decline in found.report.declines] == [Reason.COST]
-
-
-def test_a_permutation_of_rows() -> None:
-    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return F.layer_norm((x + r).transpose(1, 2), (3,), w[:3], b[:3])
-
-    assert_declines(function, images(), Reason.LAYOUT, "transpose")
 
 
 @pytest.mark.parametrize(
