@@ -166,15 +166,21 @@ class Editor:
 
     def erase(self, group: Iterable[Node]) -> None:
         """Removes replaced nodes, and weight transposes that only they have read."""
-        for node in sorted(group, key=self._view.position.__getitem__, reverse=True):
+        members = set(group)
+        for node in sorted(members, key=self._view.position.__getitem__, reverse=True):
             sources = node.all_input_nodes
             self._graph.erase_node(node)
             for source in sources:
-                if not source.users and self._view.kind(source) in (
-                    "matrix_transpose",
-                    "transpose",
-                    "permute",
-                    "getattr",
+                if (
+                    source not in members
+                    and not source.users
+                    and self._view.kind(source)
+                    in (
+                        "matrix_transpose",
+                        "transpose",
+                        "permute",
+                        "getattr",
+                    )
                 ):
                     self._graph.erase_node(source)
 

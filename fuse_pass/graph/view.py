@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch.fx import Graph, Node
 
@@ -179,7 +180,7 @@ class GraphView:
         node = op["input"]
         while isinstance(node, Node) and len(node.users) == 1:
             source = self.op(node)
-            if node in self.linears:
+            if node in self.linears or _allocates(node):
                 return True
             if source is None or source.kind == "getitem":
                 return False
@@ -212,7 +213,9 @@ class GraphView:
         """The last node that may write into it, by storage."""
         found = {}
         for node, reason in self._barriers[1]:
-            for written in node.all_input_nodes if reason is Reason.MUTATION else ():
+            op = self.op(node)
+            reached = node.all_input_nodes if op is None or not op.in_place else [op["input"]]
+            for written in reached if reason is Reason.MUTATION else ():
                 value = value_of(written)
                 if value is not None and value.layout is torch.strided:  # others have no one storage, and no match
                     found[value.untyped_storage()._cdata] = node
@@ -258,6 +261,20 @@ class GraphView:
 
 # Operations that may return their input or a view of it.
 _ALIASING = ("reshape", "cast", "matrix_transpose", "transpose", "permute", "getattr", "chunk", "split", "narrow")
+
+
+# Functions outside the table of canonical operations whose result is always a tensor of its own.
+_ALLOCATING = (F.embedding, torch.embedding, F.batch_norm, torch.cat, torch.stack)
+
+
+def _allocates(node: Node) -> bool:
+    """Whether a node is the result of such a function or of an op of ours, which keep others for backward, if any."""
+    is_first = node.target is operator.getitem and node.args[1] == 0
+    call = node.args[0] if is_first else node
+    if not isinstance(call, Node) or call.op != "call_function":
+        return False
+    is_ours = isinstance(call.target, torch._ops.OpOverload) and call.target.namespace == "fuse_pass"
+    return is_ours or node.target in _ALLOCATING
 
 
 def _may_return_its_input(op: Op) -> bool:

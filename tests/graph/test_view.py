@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from fuse_pass.graph.shapes import value_of
 from fuse_pass.graph.view import GraphView, Linear, barrier
 from fuse_pass.report import Reason
 from tests.graph.dynamo import result_of, view_of
@@ -123,6 +125,12 @@ OWNED: dict[str, Any] = {
     "after another in-place operation": lambda x, y: (x * 2).mul_(3).add_(1),
     "product": lambda x, y: (x @ y).add_(1),
     "active dropout": lambda x, y: F.dropout(x, 0.5).add_(1),
+    "embedding": lambda x, y: F.embedding(torch.zeros(3, dtype=torch.int64), y).add_(1),
+    "cat": lambda x, y: torch.cat([x]).add_(1),
+    "op of ours": lambda x, y: torch.ops.fuse_pass.dense.default(x, y, None).add_(1),
+    "first result of an op of ours": lambda x, y: torch.ops.fuse_pass.dropout_norm.default(
+        x, x, None, None, None, 0.0, 1e-5, 1, "layer_norm", None, False
+    )[0].add_(1),
 }
 SHARED: dict[str, Any] = {
     "input": lambda x, y: x.add_(1),
@@ -131,6 +139,9 @@ SHARED: dict[str, Any] = {
     "contiguous input": lambda x, y: x.contiguous().add_(1),
     "cast to the same dtype": lambda x, y: x.to(torch.float32).add_(1),
     "inactive dropout of an input": lambda x, y: F.dropout(x, 0.5, False).add_(1),
+    "what an op of ours keeps": lambda x, y: torch.ops.fuse_pass.dropout_norm.default(
+        x, x, None, None, None, 0.0, 1e-5, 1, "layer_norm", None, False
+    )[1].add_(1),
     "unknown operation": lambda x, y: torch.atleast_3d(x).add_(1),
     "fresh but read again": lambda x, y: (lambda z: (z.add_(1), z * 2)[0])(x * 2),
     "view of what is read again": lambda x, y: (lambda z: (z.view(-1).add_(1), z * 2)[0])(x * 2),
@@ -164,6 +175,21 @@ def test_a_dropout_whose_p_is_known_at_run_time_may_return_its_input() -> None:
     dropout = view.op(op["input"])
     assert dropout is not None
     assert view.owns_its_input(op) is isinstance(dropout["p"], float)
+
+
+def test_an_in_place_sum_writes_into_its_first_operand_alone() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        x += y
+        return x * y
+
+    view = view_of(function, X.clone(), X.clone())
+    x, y = (value_of(node) for node in view.graph.find_nodes(op="placeholder"))
+    assert x is not None
+    assert y is not None
+    write = view.last_write(x)
+    assert write is not None
+    assert write.target is operator.iadd
+    assert view.last_write(y) is None
 
 
 # --- barriers
