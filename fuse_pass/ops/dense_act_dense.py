@@ -137,11 +137,11 @@ def _tail_backward(
     need_h, need_weight2, need_bias2, need_act_weight = output_mask
     grad, h2d = rows_of(grad_y), rows_of(h)
     grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
+    if need_bias2:
+        grad_bias2 = grad.sum(0)
     if need_weight2:
         a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
         grad_weight2 = weight_gradient(grad, a, weight2)
-    if need_bias2:
-        grad_bias2 = grad.sum(0)
     if need_h or need_act_weight:
         grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
         seen = quantize_packed(h2d, hidden_format)  # by the activation; the quantisation itself is straight through
@@ -176,20 +176,23 @@ def _backward(
     act_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
-    need_x, need_weight1, need_bias1, *need_tail = output_mask
-    grad_h, grad_weight2, grad_bias2, grad_act_weight = _tail_backward(
-        grad_y, h, weight2, act_weight, seed, p, activation, act_arguments,
-        [need_x or need_weight1 or need_bias1, *need_tail], hidden_format, act_format,
-    )  # fmt: skip
-    no_x, no_weight1, no_bias1 = placeholders(h, 3)
-    return (
-        product(grad_h, weight1.t()).view(x.shape) if need_x else no_x,
-        weight_gradient(grad_h, rows_of(x), weight1) if need_weight1 else no_weight1,
-        grad_h.sum(0) if need_bias1 else no_bias1,
-        grad_weight2,
-        grad_bias2,
-        grad_act_weight,
+    need_x, need_weight1, need_bias1, need_weight2, need_bias2, need_act_weight = output_mask
+    need_h = need_x or need_weight1 or need_bias1
+    tail = (h, weight2, act_weight, seed, p, activation, act_arguments)
+    formats = (hidden_format, act_format)
+    grad_h, _, grad_bias2, grad_act_weight = _tail_backward(
+        grad_y, *tail, [need_h, False, need_bias2, need_act_weight], *formats
     )
+    grad_x, grad_weight1, grad_bias1 = placeholders(h, 3)
+    # Before any product that can wait: Inductor compiles all that stands between two products as one kernel.
+    if need_bias1:
+        grad_bias1 = grad_h.sum(0)
+    _, grad_weight2, _, _ = _tail_backward(grad_y, *tail, [False, need_weight2, False, False], *formats)
+    if need_x:
+        grad_x = product(grad_h, weight1.t()).view(x.shape)
+    if need_weight1:
+        grad_weight1 = weight_gradient(grad_h, rows_of(x), weight1)
+    return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_act_weight
 
 
 def output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:
