@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.formats import Format
+from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat
@@ -126,10 +127,12 @@ class FuseBackend:
         step = "copying the graph"
         try:
             fused = copy_graph_module(gm)
+            graphs = list(_graphs(fused))
+            for graph, _, _ in graphs:
+                hoist_scalars(graph)
             for name, run in self._passes():
                 step = f"pattern {name}"
-                for graph, body_of, autocast in _graphs(fused):
-                    hoist_scalars(graph)
+                for graph, body_of, autocast in graphs:
                     report.extend(run(graph, Situation(own_random_numbers, body_of, autocast)))
                 require_same_outputs(gm, fused)
                 if name == fake_quant.NAME and report.matches:
@@ -150,10 +153,11 @@ class FuseBackend:
         """What runs over every graph, in order; fusion comes last, so that it sees the quantised operands."""
         if self.quantize is not None:
             yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.quantize)
+        operations = Operations()
         for name in self.patterns:
             if name == dense.PATTERN.name:
                 yield "opening attention", attention_projections.open_where_it_pays
-            yield name, functools.partial(apply, _PATTERNS_BY_NAME[name])
+            yield name, functools.partial(apply, _PATTERNS_BY_NAME[name], operations=operations)
 
 
 def _recompiled(module: GraphModule) -> GraphModule:

@@ -259,6 +259,20 @@ def canonical(node: Node) -> Op | None:
     return Op(kind, node, arguments, in_place or bool(arguments.get("inplace", False)))
 
 
+class Operations:
+    """The canonical operations of nodes; one is read again only where the node's arguments have been changed since."""
+
+    def __init__(self) -> None:
+        self._known: dict[Node, tuple[Any, Any, Op | None]] = {}
+
+    def of(self, node: Node) -> Op | None:
+        args, kwargs = node.args, node.kwargs
+        known = self._known.get(node)
+        if known is None or known[0] is not args or known[1] is not kwargs:  # a node gets new ones, never changed ones
+            known = self._known[node] = (args, kwargs, canonical(node))
+        return known[2]
+
+
 def _name(signature: inspect.Signature, name: str) -> str:
     return name if name in signature.parameters else _ALIASES.get(name, name)
 

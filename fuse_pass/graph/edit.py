@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from fuse_pass.graph.shapes import same_shape, same_strides, size_hint, value_of
+from fuse_pass.graph.shapes import is_plain, same_shape, same_strides, size_hint, value_of
 from fuse_pass.graph.view import GraphView
 
 
@@ -34,7 +35,8 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
     for node in module.graph.nodes:
         if node.op == "output":
             new_output.meta = dict(node.meta)
-    copy = GraphModule(module, graph)
+    with _use_lazy_graph_module(True):  # as Dynamo's own: its code is written when somebody asks for it
+        copy = _make_graph_module(module, graph)
     copy.meta.update(module.meta)
     for name in ("_param_name_to_source",):
         if hasattr(module, name):
@@ -68,6 +70,7 @@ class Editor:
         self._view = view
         self._graph = view.graph
         self._replaced: dict[Node, Node] = {}
+        self._results: dict[Any, Any] = {}
 
     def current(self, node: Any) -> Any:
         """What stands for a node of the view now (an earlier replacement may have taken its place)."""
@@ -133,16 +136,36 @@ class Editor:
     def call(self, target: Callable[..., Any] | str, *arguments: Any, **options: Any) -> Node:
         """Adds a call (of a function, or of a method if `target` is a name) and computes its fake value."""
         arguments, options = map_arg((arguments, options), self.current)
-        kind = "call_method" if isinstance(target, str) else "call_function"
-        node = self._graph.create_node(kind, target, arguments, options)
-        node.meta.update({key: self._like.meta[key] for key in _PROVENANCE if key in self._like.meta})
-        node.meta["example_value"] = self._fake_result(target, arguments, options)
-        self._view.position[node] = self._view.position[self._like]  # others may be inserted beside it
-        return node
+        return self._add(target, arguments, options, self._fake_result(target, arguments, options))
+
+    def call_ours(self, op: torch._ops.OpOverload, *arguments: Any) -> Node:
+        """Adds a call of an op of ours, with the fake value of the last call that was like it.
+
+        Its fake kernel takes long, and the layers of a model call it again and again with tensors of the same sizes.
+        """
+        arguments = map_arg(arguments, self.current)
+        try:
+            key = op, _metadata(map_arg(arguments, _example_value)), _metadata(self._view.autocast_stack(self._like))
+        except _UnknownMetadata:
+            return self._add(op, arguments, {}, self._fake_result(op, arguments, {}))
+        if key not in self._results:
+            self._results[key] = self._fake_result(op, arguments, {})
+        return self._add(op, arguments, {}, self._results[key])
 
     def item(self, node: Node, index: int) -> Node:
         """`node[index]` of a call that returns several tensors."""
-        return self.call(operator.getitem, node, index)
+        node = self.current(node)
+        return self._add(operator.getitem, (node, index), {}, node.meta["example_value"][index])
+
+    def _add(
+        self, target: Callable[..., Any] | str, arguments: tuple[Any, ...], options: dict[str, Any], value: Any
+    ) -> Node:
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self._graph.create_node(kind, target, arguments, options)
+        node.meta.update({key: self._like.meta[key] for key in _PROVENANCE if key in self._like.meta})
+        node.meta["example_value"] = value
+        self._view.position[node] = self._view.position[self._like]  # others may be inserted beside it
+        return node
 
     def replace(self, old: Node, new: Node) -> None:
         """Lets every reader of `old` read `new`, after comparing what is known about the two values."""
@@ -187,7 +210,7 @@ class Editor:
     def _fake_result(
         self, target: Callable[..., Any] | str, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        values, named = map_arg((arguments, options), lambda node: node.meta["example_value"])
+        values, named = map_arg((arguments, options), _example_value)
         with self._surroundings():
             if isinstance(target, str):
                 return getattr(values[0], target)(*values[1:], **named)
@@ -206,6 +229,28 @@ class Editor:
             for device_type, dtype, enabled, cache in self._view.autocast_stack(self._like):
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
             yield
+
+
+def _example_value(node: Node) -> Any:
+    return node.meta["example_value"]
+
+
+class _UnknownMetadata(Exception):  # noqa: N818 - an outcome, not an error
+    """A tensor subclass, or a number that is not the same in every call."""
+
+
+def _metadata(value: Any) -> Any:
+    """What the metadata of results depend on, hashable."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride()) if is_plain(value) else (value,)
+        if not all(isinstance(size, int) for size in sizes):
+            raise _UnknownMetadata
+        return sizes, value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(_metadata(part) for part in value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise _UnknownMetadata
+    return value
 
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")

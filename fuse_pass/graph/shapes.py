@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -39,9 +40,16 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape lie in memory alike; the stride of a dimension of one element has no meaning."""
-    return all(
-        same_size(size, 1) or same_size(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return _same_strides(a.shape, a.stride(), b.stride())
+
+
+def is_contiguous(value: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory as a new one of its shape would."""
+    return _same_strides(value.shape, value.stride(), make_contiguous_strides_for(value.shape))
+
+
+def _same_strides(shape: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(same_size(size, 1) or same_size(x, y) for size, x, y in zip(shape, a, b, strict=True))
 
 
 def size_hint(size: Any) -> int:

@@ -6,7 +6,7 @@ import bisect
 import itertools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch.fx import Graph, Node
 
-from fuse_pass.graph.canonical import Op, canonical, is_weight_transpose
+from fuse_pass.graph.canonical import Op, Operations, canonical, is_weight_transpose
 from fuse_pass.graph.einsum import linear_equation
 from fuse_pass.graph.shapes import keeps_rows, same_size, value_of
 from fuse_pass.report import Reason
@@ -61,20 +61,24 @@ class GraphView:
     Args:
         graph: the graph.
         autocast: arguments of the autocast regions in which the graph as a whole is called, outermost first.
+        operations: what earlier views of the graph have read.
     """
 
-    def __init__(self, graph: Graph, autocast: Sequence[tuple[Any, ...]] = ()) -> None:
+    def __init__(
+        self, graph: Graph, autocast: Sequence[tuple[Any, ...]] = (), operations: Operations | None = None
+    ) -> None:
         self.graph = graph
         self._autocast = autocast
         self.nodes = tuple(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        self._operations = operations or Operations()
         self._ops: dict[Node, Op | None] = {}
 
     def op(self, node: Any) -> Op | None:
         if not isinstance(node, Node):
             return None
         if node not in self._ops:
-            self._ops[node] = canonical(node)
+            self._ops[node] = self._operations.of(node)
         return self._ops[node]
 
     def kind(self, node: Any) -> str | None:
@@ -133,8 +137,9 @@ class GraphView:
         return layer if same_size(x_value.shape[-1], in_features) else None
 
     def _layer(self, node: Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Linear | None:
-        if transposed and is_weight_transpose(self.op(weight)):
-            weight, transposed = self._ops[weight]["input"], False  # type: ignore[index]
+        weight_op = self.op(weight) if transposed else None
+        if weight_op is not None and is_weight_transpose(weight_op):
+            weight, transposed = weight_op["input"], False
         x_value, weight_value = value_of(x), value_of(weight)
         if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() == 0:
             return None
@@ -194,7 +199,8 @@ class GraphView:
 
     @cached_property
     def _barriers(self) -> tuple[list[int], list[tuple[Node, Reason]]]:
-        found = [(i, node, reason) for i, node in enumerate(self.nodes) if (reason := barrier(node)) is not None]
+        reasons = ((i, node, barrier(node, self.op)) for i, node in enumerate(self.nodes))
+        found = [(i, node, reason) for i, node, reason in reasons if reason is not None]
         return [i for i, _, _ in found], [(node, reason) for _, node, reason in found]
 
     def barriers_between(self, first: Node, last: Node) -> Iterator[tuple[Node, Reason]]:
@@ -249,8 +255,8 @@ class GraphView:
     def _autocast_stacks(self) -> tuple[list[int], list[list[Node]]]:
         """The switches' positions, and what is open before the first and after each."""
         switches, stacks = [], [list[Node]()]
-        for i, node in enumerate(self.nodes):
-            if barrier(node) is Reason.AUTOCAST:
+        for i, (node, reason) in zip(*self._barriers, strict=True):
+            if reason is Reason.AUTOCAST:
                 switches.append(i)
                 if node.target is torch.amp.autocast_mode._enter_autocast:
                     stacks.append([*stacks[-1], node])
@@ -307,7 +313,7 @@ _GRAD_SWITCHES = (torch._C._set_grad_enabled, torch.autograd.grad_mode.set_grad_
 _AUTOCAST_SWITCHES = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
-def barrier(node: Node) -> Reason | None:
+def barrier(node: Node, operation_of: Callable[[Node], Op | None] = canonical) -> Reason | None:
     """Why no value may be moved across a node; None where it is an ordinary pure operation."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return None
@@ -318,10 +324,10 @@ def barrier(node: Node) -> Reason | None:
         return Reason.AUTOCAST
     if target in _GRAD_SWITCHES or "inference_mode" in str(getattr(target, "__name__", "")):
         return Reason.GRAD_MODE
-    return Reason.MUTATION if _mutates(node) else None
+    return Reason.MUTATION if _mutates(node, operation_of) else None
 
 
-def _mutates(node: Node) -> bool:
+def _mutates(node: Node, operation_of: Callable[[Node], Op | None]) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
@@ -331,7 +337,7 @@ def _mutates(node: Node) -> bool:
         return True  # its body may
     if target in _IN_PLACE_OPERATORS or node.kwargs.get("out") is not None:
         return True
-    op = canonical(node)
+    op = operation_of(node)
     if op is not None and op.in_place:
         return True
     if op is None and _writes_by_option(node):

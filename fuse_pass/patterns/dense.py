@@ -140,10 +140,10 @@ def replace(editor: Editor, candidate: Candidate) -> None:
         weight = editor.call("t", inputs["weight"]) if constants["transposed"] else inputs["weight"]
         arguments = (inputs["x"], weight, inputs["bias"])
         if constants["activation"] is None:
-            y = editor.call(torch.ops.fuse_pass.dense.default, *arguments)
+            y = editor.call_ours(torch.ops.fuse_pass.dense.default, *arguments)
         else:
             activation = (constants["activation"], list(constants["arguments"]))
-            y = editor.call(torch.ops.fuse_pass.dense_act.default, *arguments, *activation)
+            y = editor.call_ours(torch.ops.fuse_pass.dense_act.default, *arguments, *activation)
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)
 

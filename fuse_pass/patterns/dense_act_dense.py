@@ -318,7 +318,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     along_channels = constants["features"] == CHANNELS
     with editor.at(candidate.outputs, candidate.nodes):
         weight2 = as_linear_weight(editor, inputs["weight2"], constants["transposed2"], along_channels)
-        seed = editor.call(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
         tail = (weight2, inputs["bias2"], inputs["act_weight"], seed)
         settings = (
             constants["p"] if constants["drops"] else 0.0,
@@ -329,16 +329,16 @@ def replace(editor: Editor, candidate: Candidate) -> None:
         x = channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"]
         x = editor.call("flatten", x, 1) if constants["flattened"] else x
         if inputs["weight1"] is None:
-            y = editor.call(torch.ops.fuse_pass.act_dense.default, x, *tail, *settings)
+            y = editor.call_ours(torch.ops.fuse_pass.act_dense.default, x, *tail, *settings)
         else:
             weight1 = as_linear_weight(
                 editor, inputs["weight1"], constants["transposed1"], along_channels or constants["flattened"]
             )
             arguments = (x, weight1, inputs["bias1"], *tail, *settings)
             if y_value.requires_grad:
-                y = editor.item(editor.call(torch.ops.fuse_pass.dense_act_dense.default, *arguments), 0)
+                y = editor.item(editor.call_ours(torch.ops.fuse_pass.dense_act_dense.default, *arguments), 0)
             else:
-                y = editor.call(torch.ops.fuse_pass.dense_act_dense_inference.default, *arguments)
+                y = editor.call_ours(torch.ops.fuse_pass.dense_act_dense_inference.default, *arguments)
         y = channels_back(editor, y, y_value) if along_channels else y
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)

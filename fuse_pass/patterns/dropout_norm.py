@@ -27,7 +27,7 @@ from torch.fx import Node
 from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, written_later
-from fuse_pass.graph.shapes import same_shape, same_size, same_strides, value_of
+from fuse_pass.graph.shapes import is_contiguous, same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
 from fuse_pass.patterns.norm_forms import Norm, norms_of
 from fuse_pass.patterns.norm_spellings import WRITTEN_OUT
@@ -266,7 +266,7 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
             return Problem(Reason.LAYOUT, f"{reshape.name} changes the normalised dimensions", reshape)
     result = value_of(anchor)
     assert result is not None
-    if not same_strides(result, result.new_empty(result.shape)):
+    if not is_contiguous(result):
         return Problem(Reason.LAYOUT, f"{anchor.name} keeps the strides of a transposed sum", anchor)
     return _check_dtypes(candidate, value) or written_later(view, anchor, z)
 
@@ -312,12 +312,12 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     with editor.at(candidate.outputs, candidate.nodes):
         if residual is not None and not _same_shape_as(residual, z):
             residual = editor.call("expand_as", residual, x)
-        seed = editor.call(torch.ops.fuse_pass.seed.default, z_value.device) if constants["drops"] else None
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, z_value.device) if constants["drops"] else None
         p = constants["p"] if constants["drops"] else 0.0
         eps = _default_eps(y_value.dtype) if constants["eps"] is None else constants["eps"]
         parameters = [_parameter(editor, inputs[name], constants["shape"]) for name in ("weight", "bias")]
         special = (constants["sum_format"], constants["round_normalised"])
-        call = editor.call(
+        call = editor.call_ours(
             torch.ops.fuse_pass.dropout_norm.default, x, residual, *parameters, seed, p, eps,
             len(constants["shape"]), constants["norm"], norm_dtype, constants["residual_first"],
             *(special if any(special) else ()),

@@ -338,7 +338,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             None if inputs[name] is None else as_linear_weight(editor, inputs[name], transposed, along_channels)
             for name, transposed in zip(names, constants["transposed"], strict=True)
         )
-        seed = editor.call(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
         arguments = (
             channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"],
             weight1,
@@ -355,9 +355,9 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             *(constants["formats"] if any(constants["formats"]) else ()),
         )
         if y_value.requires_grad:
-            y = editor.item(editor.call(torch.ops.fuse_pass.gated_dense.default, *arguments), 0)
+            y = editor.item(editor.call_ours(torch.ops.fuse_pass.gated_dense.default, *arguments), 0)
         else:
-            y = editor.call(torch.ops.fuse_pass.gated_dense_inference.default, *arguments)
+            y = editor.call_ours(torch.ops.fuse_pass.gated_dense_inference.default, *arguments)
         y = channels_back(editor, y, y_value) if along_channels else y
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)

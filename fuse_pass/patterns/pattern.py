@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, find_problem
 from fuse_pass.graph.shapes import value_of
@@ -89,9 +90,9 @@ def hidden_in_encoder_layers(view: GraphView) -> Iterator[Candidate]:
             yield Candidate(node, frozenset((node,)), (), {}, {}, "encoder layer", problem=problem)
 
 
-def apply(pattern: Pattern, graph: Graph, situation: Situation) -> Report:
+def apply(pattern: Pattern, graph: Graph, situation: Situation, operations: Operations | None = None) -> Report:
     """Replaces every safe occurrence of a pattern in one graph, in place; near misses are declined with a reason."""
-    view = GraphView(graph, situation.autocast)
+    view = GraphView(graph, situation.autocast, operations)
     report = Report()
     accepted: list[Candidate] = []
     taken: set[Node] = set()
