@@ -260,17 +260,17 @@ def canonical(node: Node) -> Op | None:
 
 
 class Operations:
-    """The canonical operations of nodes; one is read again only where the node's arguments have been changed since."""
+    """The canonical operations of nodes; one is read again only where the node has been changed since."""
 
     def __init__(self) -> None:
-        self._known: dict[Node, tuple[Any, Any, Op | None]] = {}
+        self._known: dict[Node, tuple[Any, Any, Any, Op | None]] = {}
 
     def of(self, node: Node) -> Op | None:
-        args, kwargs = node.args, node.kwargs
-        known = self._known.get(node)
-        if known is None or known[0] is not args or known[1] is not kwargs:  # a node gets new ones, never changed ones
-            known = self._known[node] = (args, kwargs, canonical(node))
-        return known[2]
+        target, args, kwargs, op = self._known.get(node, (None, None, None, None))
+        if target is not node.target or args is not node.args or kwargs is not node.kwargs:  # a change gives new ones
+            op = canonical(node)
+            self._known[node] = (node.target, node.args, node.kwargs, op)
+        return op
 
 
 def _name(signature: inspect.Signature, name: str) -> str:

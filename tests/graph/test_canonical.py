@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph
 
-from fuse_pass.graph.canonical import Op, canonical, is_weight_transpose
+from fuse_pass.graph.canonical import Op, Operations, canonical, is_weight_transpose
 from tests.graph.dynamo import result_of, view_of
 
 X, Y, W = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5, 5)
@@ -108,6 +108,23 @@ def test_arguments_that_do_not_fit_are_nothing() -> None:
     assert canonical(x) is None
     assert canonical(graph.call_function(F.gelu, (x,), {"no_such_argument": 1})) is None
     assert canonical(graph.call_function(F.gelu, ())) is None
+
+
+def test_operations_are_read_once_until_the_arguments_change() -> None:
+    graph, operations = Graph(), Operations()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    node = graph.call_function(torch.add, (x, x), {"alpha": 2})
+    first = operations.of(node)
+    assert first is not None
+    assert operations.of(node) is first
+    x.replace_all_uses_with(y)
+    assert operations.of(node)["input"] is y  # type: ignore[index]
+    node.update_kwarg("alpha", 3)
+    assert operations.of(node)["alpha"] == 3  # type: ignore[index]
+    node.replace_input_with(y, x)
+    assert operations.of(node)["other"] is x  # type: ignore[index]
+    node.target = torch.sub
+    assert operations.of(node).kind == "sub"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

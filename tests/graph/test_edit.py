@@ -96,6 +96,52 @@ def test_replacements_with_other_metadata_raise(what: str, target: Any, argument
         replace_result(function, target, *arguments, x=x)
 
 
+def calls_of_dense(monkeypatch: pytest.MonkeyPatch, *inputs: Tensor, dynamic: bool = False) -> tuple[list[Any], int]:
+    """The fake values of a `dense` put before each product of a graph, and how often they were computed.
+
+    The graph has the product of the last input under autocast, and then those of all.
+    """
+    weight = torch.randn(4, 8)
+
+    def function(*xs: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            last = xs[-1] @ weight.t()
+        return [last, *(x @ weight.t() for x in xs)]
+
+    graph = graph_of(function, *inputs, dynamic=dynamic).graph
+    editor, ran, values = Editor(GraphView(graph)), 0, []
+    compute = editor._fake_result
+
+    def count(*arguments: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return compute(*arguments)
+
+    monkeypatch.setattr(editor, "_fake_result", count)
+    (weight_node,) = (node for node in graph.find_nodes(op="placeholder") if "weight" in node.name)
+    for product in graph.find_nodes(op="call_function", target=operator.matmul):
+        with editor.before(product):
+            node = editor.call_ours(torch.ops.fuse_pass.dense.default, product.args[0], weight_node, None)
+        values.append(node.meta["example_value"])
+    return values, ran
+
+
+def test_fake_kernels_run_once_for_like_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, ran = calls_of_dense(monkeypatch, *(torch.randn(3, 8) for _ in range(5)))
+    assert ran == 2, "without autocast and with it"
+    assert {tuple(value.shape) for value in values} == {(3, 4)}
+    assert [value.dtype for value in values] == [torch.bfloat16, *[torch.float32] * 5]
+    transposed = torch.randn(8, 2).t()
+    values, ran = calls_of_dense(monkeypatch, torch.randn(3, 8), torch.randn(2, 8), transposed)
+    assert ran == 4
+    assert [tuple(value.shape) for value in values] == [(2, 4), (3, 4), (2, 4), (2, 4)]
+
+
+def test_fake_kernels_run_for_every_call_with_symbolic_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, ran = calls_of_dense(monkeypatch, *(torch.randn(3, 8) for _ in range(2)), dynamic=True)
+    assert ran == len(values) == 3
+
+
 def test_replacement_by_a_tuple_raises() -> None:
     with pytest.raises(RewriteError, match="expected two tensors"):
         replace_result(torch.sin, torch.frexp)

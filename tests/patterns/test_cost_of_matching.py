@@ -92,3 +92,12 @@ def test_steps_per_block_do_not_grow(kind: str, monkeypatch: pytest.MonkeyPatch)
     first, second, third = (calls_in_the_package(functools.partial(backend.rewrite, graph)) for graph in graphs)
     assert second - first > 20 * BLOCKS, "the counter sees the pass"
     assert third - second <= 1.02 * (second - first)
+
+
+def test_code_of_the_copy_is_not_written_for_nobody() -> None:
+    """Inductor interprets the graph."""
+    rewritten, report = FuseBackend(strict=True).rewrite(graph_of("post-norm", 1))
+    assert report.matches
+    assert rewritten._needs_recompile()  # type: ignore[operator]
+    assert "fuse_pass.dropout_norm" in rewritten.code
+    assert not rewritten._needs_recompile()  # type: ignore[operator]
