@@ -7,7 +7,8 @@ split into rows and columns gives the same, and eager PyTorch becomes an exact r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -67,9 +68,6 @@ torch.library.register_autograd("fuse_pass_testing::dropout", _backward, setup_c
 compat.never_merge(torch.ops.fuse_pass_testing.seed)
 
 
-_STOCK = (F.dropout, torch.dropout)
-
-
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`F.dropout` with the mask of the seed in force."""
     if not training or p == 0:
@@ -78,10 +76,81 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     return x.copy_(dropped) if inplace else dropped
 
 
+def _uniform(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Multiples of 2**-24 from 0 to below 1 in float64: the same numbers in float32."""
+    bits = rng.random_bits(torch.ops.fuse_pass_testing.seed(device=device), math.prod(shape), 1)
+    return (((bits >> 8) & 0xFFFFFF).double() * 2.0**-24).view(tuple(shape))
+
+
+def _rand(*size: Any, dtype: torch.dtype | None = None, device: Any = "cpu", **others: Any) -> Tensor:
+    shape = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    return _uniform(shape, torch.device(device)).to(dtype or torch.get_default_dtype())
+
+
+def _rand_like(x: Tensor, **others: Any) -> Tensor:
+    return _uniform(x.shape, x.device).to(x.dtype)
+
+
+def _bernoulli(x: Tensor, p: float = 0.5) -> Tensor:
+    return x.copy_(_uniform(x.shape, x.device) < p)
+
+
+def _set_uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return x.copy_(low + (high - low) * _uniform(x.shape, x.device))
+
+
+def _exponential(x: Tensor, rate: float = 1.0) -> Tensor:
+    return x.copy_(-torch.log1p(-_uniform(x.shape, x.device)) / rate)
+
+
+_attention = F.scaled_dot_product_attention
+
+
+def _dropped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, written out where it drops something."""
+    if dropout_p == 0:
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+    return dropout(scores.softmax(-1), dropout_p) @ value
+
+
+# By owner and name, as eager PyTorch looks them up.
+_OURS: dict[tuple[Any, str], Callable[..., Tensor]] = {
+    (F, "dropout"): dropout,
+    (torch, "dropout"): dropout,
+    (F, "scaled_dot_product_attention"): _dropped_attention,
+    (torch, "rand"): _rand,
+    (torch, "rand_like"): _rand_like,
+    (Tensor, "bernoulli_"): _bernoulli,
+    (Tensor, "uniform_"): _set_uniform,
+    (Tensor, "exponential_"): _exponential,
+}
+# The same as targets of calls in a graph: functions and names of methods.
+_TARGETS = {name if owner is Tensor else getattr(owner, name): ours for (owner, name), ours in _OURS.items()}
+
+
 @contextlib.contextmanager
 def in_eager() -> Iterator[None]:
     """Eager PyTorch with our dropout; not a `TorchFunctionMode`, because checkpoints would recompute without it."""
-    with mock.patch.object(F, "dropout", dropout), mock.patch.object(torch, "dropout", dropout):
+    with contextlib.ExitStack() as stack:
+        for (owner, name), ours in _OURS.items():
+            stack.enter_context(mock.patch.object(owner, name, ours))
         yield
 
 
@@ -90,8 +159,8 @@ def use_in(module: GraphModule) -> GraphModule:
     for child in module.modules():
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
-                if node.target in _STOCK:
-                    node.target = dropout
+                if node.op in ("call_function", "call_method") and node.target in _TARGETS:
+                    node.op, node.target = "call_function", _TARGETS[node.target]
                 elif node.target is torch.ops.fuse_pass.seed.default:
                     node.target = torch.ops.fuse_pass_testing.seed.default
                     node.args, node.kwargs = (), {"device": node.args[0]}

@@ -84,7 +84,7 @@ def _round(
         outputs = result if isinstance(result, tuple) else (result,)
         roots = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad and y.is_floating_point()]
         if settings["grad"] and roots:
-            torch.autograd.backward(roots, [_uneven(y) for y in roots])
+            torch.autograd.backward(roots, [uneven(y) for y in roots])
     return Round(
         outputs=tuple(y.detach() for y in outputs),
         grads={
@@ -94,7 +94,7 @@ def _round(
         inputs=tuple(x.detach() for x in inputs),
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
         requires_grad=tuple(y.requires_grad for y in outputs),
-        aliases=frozenset(_aliases(inputs, outputs)),
+        aliases=frozenset(aliases(inputs, outputs)),
         draws=draws.any,
         moves_generator=not torch.equal(state, torch.get_rng_state()),
     )
@@ -128,12 +128,14 @@ def _leaves(
         yield value.to(stored).to(dtype).requires_grad_(requires_grad and settings["grad"])
 
 
-def _uneven(like: Tensor) -> Tensor:
+def uneven(like: Tensor) -> Tensor:
+    """A gradient for an output, no two elements of which are equal."""
     values = torch.linspace(-1.0, 2.0, like.numel(), dtype=torch.float64)
     return values.view(like.shape).to(like.dtype)
 
 
-def _aliases(inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> Iterator[tuple[str, str]]:
+def aliases(inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> Iterator[tuple[str, str]]:
+    """Pairs of names that share memory, arguments with each other left out."""
     owners: dict[int, str] = {}
     named = [(f"input {i}", x) for i, x in enumerate(inputs)] + [(f"output {i}", y) for i, y in enumerate(outputs)]
     for name, tensor in named:
