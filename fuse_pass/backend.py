@@ -217,6 +217,11 @@ def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None, _Autocast]
     yield module.graph, None, ()
 
 
+def _chooses_what_to_keep(body: Any) -> bool:
+    """Whether it is that of a selective checkpoint, whose policy asks op by op and does not know ours."""
+    return isinstance(body, GraphModule) and "_checkpoint_context_fn" in body.meta
+
+
 def _bodies(
     module: GraphModule, blocked_by: str | None, autocast: _Autocast
 ) -> Iterator[tuple[Graph, str | None, _Autocast]]:
@@ -226,14 +231,12 @@ def _bodies(
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             name = node.target.name()
-            is_open = (
-                name in _OPEN_BODIES and "context_fn" not in node.kwargs and "_checkpoint_context_fn" not in node.meta
-            )
             regions = tuple(view.autocast_stack(node))
             for argument in node.all_input_nodes:
                 if argument.op == "get_attr":
                     body = str(argument.target)
                     same = surroundings.setdefault(body, regions) == regions
+                    is_open = name in _OPEN_BODIES and not _chooses_what_to_keep(getattr(module, body, None))
                     callers[body] = callers.get(body) or (None if is_open and same else name)
     for name, child in module.named_children():
         if isinstance(child, GraphModule):

@@ -27,6 +27,13 @@ def is_plain(value: torch.Tensor) -> bool:
     )
 
 
+def memory_of(value: torch.Tensor) -> int:
+    """What tensors that share memory have in common; a torch.func transform writes into what it wraps."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.untyped_storage()._cdata
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input that the graph is valid for."""
     if isinstance(a, int) and isinstance(b, int):

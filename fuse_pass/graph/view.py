@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from fuse_pass.graph.canonical import Op, Operations, canonical, is_weight_transpose
 from fuse_pass.graph.einsum import linear_equation
-from fuse_pass.graph.shapes import keeps_rows, same_size, value_of
+from fuse_pass.graph.shapes import keeps_rows, memory_of, same_size, value_of
 from fuse_pass.report import Reason
 
 
@@ -212,7 +212,7 @@ class GraphView:
 
     def last_write(self, value: torch.Tensor) -> Node | None:
         """The last node that may write into the memory of a tensor."""
-        return self._last_writes.get(value.untyped_storage()._cdata)
+        return self._last_writes.get(memory_of(value))
 
     @cached_property
     def _last_writes(self) -> dict[int, Node]:
@@ -224,7 +224,7 @@ class GraphView:
             for written in reached if reason is Reason.MUTATION else ():
                 value = value_of(written)
                 if value is not None and value.layout is torch.strided:  # others have no one storage, and no match
-                    found[value.untyped_storage()._cdata] = node
+                    found[memory_of(value)] = node
         return found
 
     @cached_property

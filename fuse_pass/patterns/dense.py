@@ -84,10 +84,13 @@ def is_candidate(layer: Linear) -> bool:
 
 
 def _sizes(layer: Linear) -> tuple[torch.device, torch.dtype, tuple[Any, Any, Any]] | None:
-    """Device, dtype and sizes of the product; None where a bias is added in another dtype than it has."""
+    """Device, dtype and sizes of the product; None where a bias is added in another dtype than it has, or rows differ.
+
+    The rows of a nested tensor have sizes of which nothing is known.
+    """
     x, product, y = value_of(layer.input), value_of(layer.nodes[0]), value_of(layer.node)
     bias = value_of(layer.bias)
-    if x is None or product is None or y is None or product.dtype is not y.dtype:
+    if x is None or product is None or y is None or product.dtype is not y.dtype or y.is_nested:
         return None
     if len(layer.nodes) > 1 and bias is not None and bias.dtype is not y.dtype:
         return None

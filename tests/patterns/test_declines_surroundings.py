@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fuse_pass.backend import FuseBackend
 from fuse_pass.inductor import compat
@@ -175,6 +177,54 @@ def test_dense_before_and_after_a_transform_fuses() -> None:
         return F.linear(torch.relu(F.linear(z, w[2].T)), w[2])
 
     assert_fused_like_eager(function, dense_inputs(), counts={"dense_act_dense": 2})
+
+
+def test_a_transform_does_not_disturb_a_sum_after_it() -> None:
+    """In a torch.func transform there are wrappers around tensors, which have no memory of their own."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        slope = torch.func.grad(lambda t: add_norm(t, t.sin(), w, b).square().sum())(x)
+        return add_norm(slope, r, w, b)
+
+    inputs = leaves(norm_inputs())
+    found = capture(function, *inputs, dynamic=True)
+    assert found.report.counts() == {"dropout_norm": 1}
+    torch.testing.assert_close(found.output, function(*inputs))
+
+
+def test_a_sum_that_a_transform_writes_into_is_left_alone() -> None:
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = x + r
+        y = F.layer_norm(z, (24,), w, b)
+        torch.func.vmap(lambda row: row.mul_(2))(z.detach())
+        return y
+
+    inputs = leaves(norm_inputs())
+    found = capture(function, *inputs)
+    assert found.report.counts() == {}
+    assert_blames(found.report, Reason.MUTATION, "")
+
+
+@pytest.mark.parametrize(("function", "inputs"), [(mlp, dense_inputs), (add_norm, norm_inputs)], ids=["dense", "norm"])
+def test_inside_a_selective_checkpoint(function: Any, inputs: Any) -> None:
+    """The user's policy names PyTorch's ops; a fused one would slip through it."""
+    asked = set()
+
+    def policy(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        asked.add(op)
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def checkpointed(*arguments: Tensor) -> Tensor:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+    arguments = leaves(inputs())
+    found = capture(checkpointed, *arguments)
+    assert found.report.counts() == {}
+    assert_blames(found.report, Reason.HIGHER_ORDER, "")
+    assert all("tag_activation_checkpoint" in decline.detail for decline in found.report.declines)
+    torch.testing.assert_close(found.output, function(*arguments))
+    assert asked
 
 
 @pytest.mark.parametrize(("function", "inputs"), [(mlp, dense_inputs), (add_norm, norm_inputs)], ids=["dense", "norm"])
