@@ -1,4 +1,4 @@
-"""What a measurement changes about Inductor for a while: empty caches, and weights taken as constants."""
+"""What measurements and tests change about Inductor for a while."""
 
 from __future__ import annotations
 
@@ -23,4 +23,11 @@ def constant_weights() -> Iterator[None]:
     It must surround that call: Dynamo decides while it traces, before the options of one compilation are read.
     """
     with inductor_config.patch(freezing=True):
+        yield
+
+
+@contextlib.contextmanager
+def stock_random_numbers() -> Iterator[None]:
+    """Asks for eager's random numbers."""
+    with inductor_config.patch(fallback_random=True):
         yield

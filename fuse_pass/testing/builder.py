@@ -52,6 +52,9 @@ class Builder:
         inputs: shapes of the arguments of `forward`.
         distract: called between the steps of a pattern.
         wrap: probability that a statement runs in a context of its own.
+
+    Attributes:
+        fallback_random: whether the program is to be run with eager's random numbers.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Builder:
         self._distract, self._wrap = distract, wrap
         self._linears: list[tuple[str, int, int]] = []
         self._fresh = 0
+        self.fallback_random = False
 
     def name(self, prefix: str) -> str:
         self._fresh += 1
@@ -88,6 +92,13 @@ class Builder:
                 shape if base and shape[:1] == ROWS[:1] else None,
             )
         )
+        self.values.append(value)
+        return value
+
+    def emit_block(self, lines: Sequence[str], result: str, shape: Shape) -> Value:
+        """Several lines that belong together, whose `result` becomes one value."""
+        value = Value(self.name("v"), shape)
+        self.statements.append(Statement(value.name, (*lines, f"{value.name} = {result}"), shape=shape))
         self.values.append(value)
         return value
 

@@ -5,7 +5,8 @@ dtypes, strides, aliases, missing gradients, mutated inputs, or a random draw wh
 `torch.compile` does in the same way is PyTorch's, not ours.
 
 An error bound taken from a handful of rounded numbers is itself noise. Before a value counts as wrong, eager's error is
-taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data.
+taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data. A value that is
+0 in exact arithmetic, and of which eager has nothing but rounding, may have four times as much of it.
 """
 
 from __future__ import annotations

@@ -130,6 +130,8 @@ def _numbers(name: str, ours: Tensor, eager: Tensor, exact: Tensor, noise: float
         allowed = 1e-11 * largest + 2 * error(reference, truth) + 2 * noise * largest
     else:
         allowed = allowed_error(max(error(reference, truth), noise * largest), truth, dtype)
+    if noise > 1:  # 0 but for rounding, as a gradient of the bias of keys is: no digit of eager's is right
+        allowed *= 4
     mine = error(value, truth)
     if mine > allowed:
         yield Difference(

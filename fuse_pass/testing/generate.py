@@ -11,7 +11,9 @@ from fuse_pass.testing.near_misses import NEAR_MISSES
 from fuse_pass.testing.plants import block, dense_act_dense, dropout_norm, spelled
 from fuse_pass.testing.program import Program, Settings
 from fuse_pass.testing.sources import ROWS
+from fuse_pass.testing.surroundings import SURROUNDINGS
 
+_NEAR_MISSES = (*NEAR_MISSES, *SURROUNDINGS)
 _PLANTS = (spelled, spelled, dense_act_dense, dropout_norm, block)
 
 
@@ -30,7 +32,7 @@ def generate(
     b = Builder(random, [(*ROWS, width) for width in widths], distract)
     b.distract(0.5)
     for _ in range(random.choice((1, 1, 2))):
-        random.choice(plants or (NEAR_MISSES if near_misses else _PLANTS))(b)
+        random.choice(plants or (_NEAR_MISSES if near_misses else _PLANTS))(b)
         b.distract(0.4)
     if near_misses and random.random() < 0.3:
         random.choice(_PLANTS)(b)
@@ -44,5 +46,6 @@ def generate(
         dynamic=dynamic,
         autocast=random.random() < 0.07,
         special=random.random() < 0.12 and batch > 0,
+        fallback_random=b.fallback_random,
     )
     return b.program(settings, batch)

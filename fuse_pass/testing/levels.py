@@ -35,7 +35,7 @@ def fused(level: str) -> Backend:
         return backend
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten, report = backend.rewrite(gm)
+        rewritten, report = backend.rewrite(gm, own_random_numbers=not compat.draws_stock_random_numbers({}))
         publish(report)
         return _traced(masks.use_in(rewritten), inputs)
 

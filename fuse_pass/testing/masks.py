@@ -155,13 +155,16 @@ def in_eager() -> Iterator[None]:
 
 
 def use_in(module: GraphModule) -> GraphModule:
-    """Puts our dropout and our seed in place of all others in a Dynamo graph, fused or not, sub-graphs included."""
+    """Puts our dropout and our seed in place of all others in a Dynamo graph, fused or not, sub-graphs included.
+
+    A fused dropout keeps its own seed where the user asks for eager's random numbers, and is found out.
+    """
     for child in module.modules():
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
                 if node.op in ("call_function", "call_method") and node.target in _TARGETS:
                     node.op, node.target = "call_function", _TARGETS[node.target]
-                elif node.target is torch.ops.fuse_pass.seed.default:
+                elif node.target is torch.ops.fuse_pass.seed.default and not compat.draws_stock_random_numbers({}):
                     node.target = torch.ops.fuse_pass_testing.seed.default
                     node.args, node.kwargs = (), {"device": node.args[0]}
             child.recompile()

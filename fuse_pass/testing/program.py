@@ -22,6 +22,7 @@ class Settings:
         dynamic: whether the batch is marked dynamic, and another one in the second round.
         autocast: whether the caller opens an autocast region around the model.
         special: whether the inputs hold NaN and infinities.
+        fallback_random: whether the user asks for eager's random numbers.
     """
 
     seed: int = 0
@@ -31,6 +32,7 @@ class Settings:
     dynamic: bool = False
     autocast: bool = False
     special: bool = False
+    fallback_random: bool = False
 
 
 @dataclass(frozen=True)

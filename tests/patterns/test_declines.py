@@ -121,19 +121,6 @@ def test_dense_nested_tensor() -> None:
     assert torch.equal(found.output.values(), mlp(x, *weights).values())
 
 
-def test_one_linear_of_a_tensor_nested_on_the_way() -> None:
-    """A size of its rows compares with no number."""
-    x, w = torch.randn(6, 8), torch.randn(16, 8)
-
-    def function(x: Tensor, w: Tensor) -> Tensor:
-        rows = torch.nested.nested_tensor_from_jagged(x, torch.arange(0, 7, 2))
-        return F.linear(rows, w).values()  # type: ignore[no-any-return]
-
-    found = capture(function, x, w)
-    assert found.report.counts() == {}
-    assert torch.equal(found.output, F.linear(x, w))
-
-
 def test_norm_nested_tensor() -> None:
     x = jagged(24)
     found = capture(lambda x: F.layer_norm(x + x, (24,)), x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fuse_pass.backend import FuseBackend
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import gemm
+from fuse_pass.ops.dense import pays
 from fuse_pass.patterns import dense
 from fuse_pass.patterns.dense import example_inputs
 from fuse_pass.patterns.pattern import Candidate
@@ -185,3 +186,17 @@ def test_declines_are_reported_where_it_would_pay() -> None:
         return torch.vmap(lambda row: F.linear(row, w, b))(x)
 
     assert_declines(function, example_inputs(rows=(2, 3)), Reason.FUNCTORCH, "batched_outputs")
+
+
+def test_one_linear_of_a_tensor_nested_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of its rows compares with no number."""
+    monkeypatch.setattr(dense, "pays", pays)
+    x, w = torch.randn(6, 8), torch.randn(16, 8)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        rows = torch.nested.nested_tensor_from_jagged(x, torch.arange(0, 7, 2))
+        return F.linear(rows, w).values()  # type: ignore[no-any-return]
+
+    found = capture(function, x, w)
+    assert found.report.counts() == {}
+    assert torch.equal(found.output, F.linear(x, w))

@@ -225,6 +225,10 @@ IGNORED: tuple[Reason, ...] = (
     Reason.MUTATION,
     Reason.DTYPES,
     Reason.LAYOUT,
+    Reason.AUTOCAST,
+    Reason.GRAD_MODE,
+    Reason.BROADCAST,
+    Reason.FALLBACK_RANDOM,
 )
 
 
