@@ -50,6 +50,9 @@ class ModelRuns:
         training: train or eval.
         level: what stands behind fuse_pass, one of `levels.LEVELS`.
         compiler: `torch.compile`, or what takes its place.
+
+    Attributes:
+        compilations: what Dynamo did, run by run.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class ModelRuns:
         compiler: Callable[..., Call] = torch.compile,
     ) -> None:
         self.level, self.seed, self.training = level, 0, training
-        self.compilations: Compilations | None = None
+        self.compilations: list[Compilations] = []
         self._compiler = compiler
         self._narrow = model.train(training)
         self._state = {name: value.detach().clone() for name, value in _state(model).items()}
@@ -71,19 +74,16 @@ class ModelRuns:
         self._inputs = [(args, dict(kwargs)), (args, dict(kwargs)), _one_more((args, dict(kwargs)))]
 
     def compiled(self, backend: levels.Backend) -> Callable[[int], Runs]:
-        """Sets `compilations` at its first run."""
         torch._dynamo.reset()
-        counters.clear()
         call = self._compiler(self._narrow, backend=backend)
 
         def run(seed: int) -> Runs:
+            counters.clear()
             runs = self._observed(self._narrow, call, seed)
-            self.compilations = self.compilations or Compilations(
-                counters["stats"]["unique_graphs"], dict(counters["frames"]), dict(counters["graph_break"])
-            )
+            graphs, frames, breaks = counters["stats"]["unique_graphs"], counters["frames"], counters["graph_break"]
+            self.compilations.append(Compilations(graphs, dict(frames), dict(breaks)))
             return runs
 
-        self.compilations = None
         return run
 
     def eager(self, seed: int) -> Runs:
@@ -173,7 +173,16 @@ class _InFloat64(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
+        if function is torch._grouped_mm:  # which takes no float64
+            return _grouped_product(*args, **(kwargs or {}))
         return function(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
+
+
+def _grouped_product(x: Tensor, weights: Tensor, *, offs: Tensor, **defaults: Any) -> Tensor:
+    """`x [rows, k]` in groups that end at `offs [g]`, each times its own of `weights [g, k, n]`."""
+    ends = offs.tolist()
+    parts = [x[start:end] @ weight for start, end, weight in zip([0, *ends], ends, weights, strict=False)]
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], weights.shape[-1])])
 
 
 def _wide(value: Any) -> Any:

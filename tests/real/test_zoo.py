@@ -7,9 +7,6 @@ fusing it would be slower is recognised too), and must not fuse the last level, 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,35 +14,13 @@ import torch
 
 from fuse_pass import Report, coverage
 from fuse_pass.report import Reason
+from tests.real.zoo_models import build, zoo
 
-ZOO = Path(__file__).parents[1] / "data" / "zoo"
 MODES = ("train", "eval")
 PATTERN_LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
 SAMPLE = (
     "bert", "gpt2", "llama", "t5", "vit", "swin", "segformer", "nn.TransformerEncoder-gelu-pre", "nn.Transformer",
 )  # fmt: skip
-
-
-def load_zoo() -> Any:
-    specification = importlib.util.spec_from_file_location("zoo", ZOO / "zoo.py")
-    assert specification is not None
-    assert specification.loader is not None
-    zoo = importlib.util.module_from_spec(specification)
-    before = list(sys.path)
-    specification.loader.exec_module(zoo)
-    # The stand-in for torchvision must not hide a real one.
-    sys.path[:] = [*before, *(path for path in sys.path if path not in before)]
-    return zoo
-
-
-zoo = load_zoo()
-
-
-def build(name: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
-    family = zoo._EXPECTED[name]["family"]
-    if family != "nn":
-        pytest.importorskip({"hf": "transformers", "timm": "timm"}[family])
-    return zoo.build(name)  # type: ignore[no-any-return]
 
 
 # What is counted and not recognised, or recognised and not counted, with the reason.

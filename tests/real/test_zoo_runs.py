@@ -1,0 +1,74 @@
+"""The models of the zoo compute what they computed before, and are compiled no more often.
+
+Each is called three times, the last time with another batch, in train mode with gradients and in eval mode without. Its
+rewritten graphs run through AOTAutograd, without kernels of Inductor, and are compared with eager PyTorch against
+float64, dropout masks alike. Dynamo's graphs, frames and graph breaks must be those of a backend that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+import fuse_pass
+from fuse_pass.backend import FuseBackend
+from fuse_pass.testing import levels, masks
+from fuse_pass.testing.compare import Status, judge
+from fuse_pass.testing.model_runs import ModelRuns
+from tests.real.zoo_models import build, zoo
+
+SAMPLE = ("gpt2", "nn.TransformerEncoder-gelu-pre")
+train_and_eval = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def unchanged(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return masks.use_in(gm).forward
+
+
+def through_the_front(model: torch.nn.Module, *, backend: levels.Backend) -> Callable[..., Any]:
+    """`fuse_pass.compile`, with `backend` in place of its own."""
+    compiled = fuse_pass.compile(model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(FuseBackend, "__call__", lambda self, gm, inputs, **options: backend(gm, inputs)):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def assert_right(name: str, training: bool, compiler: Callable[..., Any] = torch.compile) -> None:
+    model, args, kwargs = build(name)
+    with levels.ready_to_compare():
+        runs = ModelRuns(model, args, kwargs, training=training, compiler=compiler)
+        verdict = judge(runs)
+        assert verdict.status in (Status.RIGHT, Status.NOISE), str(verdict)
+        runs.compiled(unchanged)(runs.seed)
+    ours, stock = runs.compilations[0], runs.compilations[-1]
+    assert stock.graphs > 0
+    assert ours == stock
+
+
+@train_and_eval
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_the_zoo(name: str, training: bool) -> None:
+    assert_right(name, training)
+
+
+@pytest.mark.slow
+@train_and_eval
+@pytest.mark.parametrize("name", sorted(set(zoo.names()) - set(SAMPLE)))
+def test_the_rest_of_the_zoo(name: str, training: bool) -> None:
+    assert_right(name, training)
+
+
+@pytest.mark.slow
+@train_and_eval
+@pytest.mark.parametrize("name", zoo.names("nn"))
+def test_without_the_fast_path_of_attention(name: str, training: bool) -> None:
+    """As `fuse_pass.compile` sets them up; in `torch.compile` that path hides their layers in eval mode."""
+    assert_right(name, training, through_the_front)
