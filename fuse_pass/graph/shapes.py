@@ -31,7 +31,8 @@ def memory_of(value: torch.Tensor) -> int:
     """What tensors that share memory have in common; a torch.func transform writes into what it wraps."""
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
-    return value.untyped_storage()._cdata
+    storage: int = value.untyped_storage()._cdata
+    return storage
 
 
 def same_size(a: Any, b: Any) -> bool:
