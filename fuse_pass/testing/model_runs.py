@@ -91,7 +91,7 @@ class ModelRuns:
             return self._observed(self._narrow, self._narrow, seed)
 
     def exact(self, seed: int) -> Runs:
-        with masks.in_eager(), _in_float64():
+        with masks.in_eager():
             return self._observed(self._wide, self._wide, seed)
 
     def _observed(self, model: nn.Module, call: Call, seed: int) -> Runs:
@@ -108,7 +108,11 @@ class ModelRuns:
         random.seed(seed)
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        with masks.drawn_from(7919 * seed + i) as draws, torch.set_grad_enabled(self.training):
+        with (
+            masks.drawn_from(7919 * seed + i) as draws,
+            torch.set_grad_enabled(self.training),
+            _in_float64() if wide else contextlib.nullcontext(),
+        ):
             outputs = list(_tensors(call(*args, **kwargs)))
             roots = [y for y in outputs if y.requires_grad and y.is_floating_point()]
             if roots:
