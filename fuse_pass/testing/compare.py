@@ -12,6 +12,7 @@ taken from more data, and so is ours: it must be beyond the larger bound for at 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -149,7 +150,12 @@ def _with_more_data(
     triples = [(run(seed), contenders.eager(seed), contenders.exact(seed)) for seed in (contenders.seed, *seeds)]
     noise = noise_of((eager, exact) for _, eager, exact in triples)
     remaining = [list(differences(*triple, noise)) for triple in triples]
-    failing = [some for some in remaining if some]
-    if len(failing) >= _ENOUGH:
-        return failing[0], Status.WRONG
-    return found, Status.NOISE if failing else Status.RIGHT
+    sets = Counter(key for some in remaining for key in {_in_any_round(difference) for difference in some})
+    wrong = [difference for some in remaining for difference in some if sets[_in_any_round(difference)] >= _ENOUGH]
+    if wrong:
+        return wrong, Status.WRONG
+    return found, Status.NOISE if sets else Status.RIGHT
+
+
+def _in_any_round(difference: Difference) -> tuple[str, str]:
+    return difference.where.split(": ", 1)[-1], difference.aspect
