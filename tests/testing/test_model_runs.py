@@ -25,6 +25,7 @@ class Block(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
         self.up, self.down, self.norm = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8)
         self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         self.steps += 1
