@@ -195,7 +195,7 @@ def _problem_of_moves(path: Path, norm: Norm, found: _Sum, *, drops: bool) -> Pr
     if not drops:
         detail = f"{last.name} rearranges the rows: without a dropout there is nothing to gain"
         return Problem(Reason.COST, detail, last)
-    if value is None or not same_strides(value, value.new_empty(value.shape)):
+    if value is None or not is_contiguous(value):
         return Problem(Reason.LAYOUT, f"{last.name} rearranges the rows of a transposed sum", last)
     values = [value_of(node) for node in (*path.nodes, norm.node)]
     if not all(isinstance(stride, int) for value in values if value is not None for stride in value.stride()):

@@ -79,6 +79,24 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         Settings(),
         1,
     ),
+    "an infinity in a written-out GELU in bfloat16": (
+        True,
+        (
+            "h = self.up(x0[1:])",
+            "a = 0.5 * h * (1.0 + torch.erf(h * 0.7071067811865476))",
+            "y = self.down(a)",
+        ),
+        "y",
+        Settings(dtype="bfloat16", special=True),
+        1,
+    ),
+    "constant rows": (
+        True,
+        ("z = x0 * 0 + 0.2", "y = self.norm(z + z)"),
+        "y",
+        Settings(),
+        1,
+    ),
 }
 
 
