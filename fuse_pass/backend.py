@@ -21,6 +21,7 @@ from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cache_key import cache_key
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
+from fuse_pass.ops.dropout_masks import OwnMasks
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant
 from fuse_pass.report import Report, publish
 from fuse_pass.spec import QuantSpec, spec_of
@@ -105,13 +106,12 @@ class FuseBackend:
         """Compiles a Dynamo graph. `options` may mix Inductor's options with ours (`patterns`, `strict`)."""
         own, inductor_options = split_options(options or {})
         configured = FuseBackend(**{**self.options, **own})
-        fused, report = configured.rewrite(
-            gm, own_random_numbers=not compat.draws_stock_random_numbers(inductor_options)
-        )
+        own_random_numbers = not compat.draws_stock_random_numbers(inductor_options)
+        fused, report = configured.rewrite(gm, own_random_numbers=own_random_numbers)
         publish(report)
         compiler = compat.inductor_compiler(mode, inductor_options)
         if _calls_our_ops(fused):
-            inner = compat.joint_passes(inductor_options)
+            inner = (*compat.joint_passes(inductor_options), *([OwnMasks()] if own_random_numbers else []))
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
                 cache_key(configured.options), inner, memory=configured.memory
             )

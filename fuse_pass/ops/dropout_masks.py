@@ -1,0 +1,77 @@
+"""The dropouts that no pattern took, those inside attention among them, draw their masks from our generator on a CPU.
+
+Inductor draws a float32 per element by a scalar Philox (8 ns) and compares it with p; for half types it rounds the number
+first, and with it the probability. The masks that a training step's 13 dropouts then store take as long again. Here the
+comparison becomes `rng.keep_mask`: vectorised, exact to 2**-32, and computed again in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.pattern_matcher import (
+    CallFunction,
+    Ignored,
+    KeywordArg,
+    Match,
+    PatternMatcherPass,
+    register_graph_pattern,
+)
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fuse_pass.ops import rng
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_patterns = PatternMatcherPass(pass_name="fuse_pass_dropout_masks")
+_UNIFORM = CallFunction(prims.inductor_random.default, KeywordArg("size"), KeywordArg("seed"), "rand")
+_ROUNDED = CallFunction(prims.convert_element_type.default, _UNIFORM, Ignored())
+
+
+class OwnMasks(CustomGraphPass):
+    """A pass over the joint graph, to run before those that look at masks; its identity is that of our sources."""
+
+    def __call__(self, graph: Graph) -> None:
+        before = set(graph.nodes)
+        if _patterns.apply(graph):
+            for node in graph.nodes:
+                if node not in before:
+                    _recompute(node)
+
+    def uuid(self) -> Any:
+        return "fuse_pass.ops.dropout_masks"
+
+
+def _recompute(node: Node) -> None:
+    """A stored mask costs more than a new one; 0-d tensors come from the seed, which is kept."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.dim() > 0:
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        node.meta["ac_graph_id"] = 0
+
+
+def _is_dropout_on_cpu(match: Match) -> bool:
+    node = match.output_node()
+    # By name: the graph carries a copy of the op.
+    is_dropout = str(node.meta.get("original_aten")) == str(aten.native_dropout.default)
+    return is_dropout and node.meta["val"].device.type == "cpu" and bool(match.kwargs["size"])
+
+
+def _keep_mask(match: Match, size: Any, seed: Node, p: float) -> None:
+    def keep(size: list[Any], seed: Tensor) -> Tensor:
+        rows = 1
+        for length in size[:-1]:
+            rows = rows * length
+        return rng.keep_mask(seed, rows, size[-1], p).view(size)
+
+    match.replace_by_example(keep, [size, seed])
+
+
+for _number in (_UNIFORM, _ROUNDED):
+    register_graph_pattern(
+        CallFunction(aten.gt.Scalar, _number, KeywordArg("p")), extra_check=_is_dropout_on_cpu, pass_dict=_patterns
+    )(_keep_mask)
