@@ -23,6 +23,7 @@ __all__ = [
     "joint_passes",
     "never_merge",
     "onednn_linear",
+    "onednn_linear_add",
     "register_decomposition",
     "size_hint",
     "stored_once",
@@ -59,6 +60,12 @@ def onednn_linear() -> torch._ops.OpOverload | None:
         return None
     packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return None if packet is None else packet.default
+
+
+def onednn_linear_add() -> torch._ops.OpOverload:
+    """oneDNN's `a @ b.T + bias + other`, called with a, other, b, bias and "add"; there where `onednn_linear` is."""
+    add: torch._ops.OpOverload = torch.ops.mkldnn._linear_pointwise.binary
+    return add
 
 
 def int_mm() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import compat, gemm
+from fuse_pass.inductor import compat, gemm, onednn
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.library import (
     autocast_as_products,
@@ -120,15 +120,9 @@ def _product(
 def _gemm_onednn(
     a: Tensor, b: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
 ) -> Tensor:
-    linear = compat.onednn_linear()
-    if linear is None:
-        raise RuntimeError(
-            "fuse_pass::gemm needs oneDNN (torch.backends.mkldnn.is_available()), which this build of PyTorch lacks"
-        )
     # oneDNN reads a bias as if it were contiguous, whatever its strides.
     packed_bias = None if bias is None else bias.contiguous()
-    result: Tensor = linear(_dense_rows(a), _dense_rows(b), packed_bias, attribute, arguments, algorithm)
-    return result
+    return onednn.product(_dense_rows(a), _dense_rows(b), packed_bias, attribute, arguments, algorithm)
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The dropouts that no pattern took, those inside attention among them, draw their masks from our generator on a CPU.
 
-Inductor draws a float32 per element by a scalar Philox (8 ns) and compares it with p; for half types it rounds the number
-first, and with it the probability. The masks that a training step's 13 dropouts then store take as long again. Here the
-comparison becomes `rng.keep_mask`: vectorised, exact to 2**-32, and computed again in backward.
+Inductor draws a float32 per element by a scalar Philox (8 ns) and compares it with p; for half types it rounds that
+number first, and with it the probability. The stored mask then costs as much again. Here the comparison becomes
+`rng.keep_mask`: vectorised, exact to 2**-32, and computed again in backward.
 """
 
 from __future__ import annotations
