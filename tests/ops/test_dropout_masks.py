@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import checkpoint
 
 from fuse_pass.backend import fuse_backend
 
@@ -111,6 +112,12 @@ def test_seeds() -> None:
     assert torch.equal(again, torch.stack((first, second)))
     for a, b in ((first, second), (first, other[0])):
         assert abs((a == b).float().mean() - 0.5) < 0.05
+
+
+def test_inside_activation_checkpointing() -> None:
+    y, grad, compiled = run(lambda x: checkpoint(dropout, x, use_reentrant=False), torch.ones(64, 64))
+    assert torch.equal(y, grad), "the second forward has another mask"
+    assert compiled.stock_draws() == 0
 
 
 def test_sizes_that_change() -> None:
