@@ -111,7 +111,9 @@ class FuseBackend:
         publish(report)
         compiler = compat.inductor_compiler(mode, inductor_options)
         if _calls_our_ops(fused):
-            inner = (*compat.joint_passes(inductor_options), *([OwnMasks()] if own_random_numbers else []))
+            inner = compat.joint_passes(inductor_options)
+            if own_random_numbers:
+                inner = (*inner, OwnMasks())
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
                 cache_key(configured.options), inner, memory=configured.memory
             )
