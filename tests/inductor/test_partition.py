@@ -171,7 +171,7 @@ def test_recomputed_masks_are_those_of_the_forward() -> None:
 
 
 def test_stock_dropout_is_not_tagged() -> None:
-    """A dropout that we did not fuse keeps what Inductor decides for it."""
+    """These tags are for our ops alone; `ops.dropout_masks` sees to the dropouts that we did not fuse."""
     origins: set[str] = set()
 
     class Tagging(CustomGraphPass):
