@@ -27,6 +27,7 @@ def compile(
     patterns: Iterable[str] | None = None,
     quantize: QuantSpec | Format | str | None = None,
     memory: str = "balanced",
+    prepack: bool = False,
     strict: bool = False,
     **torch_compile_kwargs: Any,
 ) -> Any:
@@ -44,6 +45,7 @@ def compile(
             for Quantized* layers in a copy of the model that shares its parameters and buffers; call `train()` and
             `eval()` on what is returned.
         memory: "fastest", "balanced" or "smallest": what is kept for backward; see `FuseBackend`.
+        prepack: keep large weights a second time, in the order that a CPU multiplies fastest; see `FuseBackend`.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
 
@@ -56,10 +58,16 @@ def compile(
             "fuse_pass.compile always uses the fuse_pass backend and takes no `backend`; "
             "for another one call torch.compile"
         )
-    backend = FuseBackend(patterns, quantize=quantize, memory=memory, strict=strict)
+    backend = FuseBackend(patterns, quantize=quantize, memory=memory, prepack=prepack, strict=strict)
     split_options(torch_compile_kwargs.get("options") or {})
     if model is None:
-        own: dict[str, Any] = {"patterns": patterns, "quantize": quantize, "memory": memory, "strict": strict}
+        own: dict[str, Any] = {
+            "patterns": patterns,
+            "quantize": quantize,
+            "memory": memory,
+            "prepack": prepack,
+            "strict": strict,
+        }
         return functools.partial(compile, **own, **torch_compile_kwargs)
     if backend.quantize is not None and isinstance(model, nn.Module):
         model = _with_opaque_layers_quantised(model, backend.quantize)

@@ -24,6 +24,7 @@ __all__ = [
     "never_merge",
     "onednn_linear",
     "onednn_linear_add",
+    "pack_onednn_weight",
     "register_decomposition",
     "size_hint",
     "stored_once",
@@ -66,6 +67,12 @@ def onednn_linear_add() -> torch._ops.OpOverload:
     """oneDNN's `a @ b.T + bias + other`, called with a, other, b, bias and "add"; there where `onednn_linear` is."""
     add: torch._ops.OpOverload = torch.ops.mkldnn._linear_pointwise.binary
     return add
+
+
+def pack_onednn_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """A copy of a `[n, k]` weight in oneDNN's own order for so many rows; opaque but to `onednn_linear`."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return packed
 
 
 def int_mm() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:

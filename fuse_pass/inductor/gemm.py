@@ -45,6 +45,8 @@ _LARGE, _SMALL = (256, 768, 768), (1, 16, 16)
 # Fewer summed columns, so that the activation is more of the whole than noise.
 _LARGE_WITH_ACTIVATION = (256, 768, 384)
 _REPEATS = 15
+# Elements of a weight from which a packed copy saves more than it takes to see that the weight has not changed (30 us).
+_MIN_PACKED = 1 << 19
 # Another number where the probe asks something else, so that verdicts of before are not found.
 _VERSION = 2
 
@@ -78,6 +80,26 @@ def provider(
         return ATEN
     break_even = table().get(_key(dtype, with_activation))
     return ATEN if break_even is None or (flop is not None and flop < break_even) else ONEDNN
+
+
+def prepacking_pays(device: torch.device, dtype: torch.dtype, sizes: Sequence[int | None]) -> bool:
+    """Whether a product with a `[n, k]` weight that oneDNN has packed before is faster than any with a plain one.
+
+    It is with any number of rows: what packing takes is saved in every call.
+
+    Args:
+        device: of the operands.
+        dtype: of the operands.
+        sizes: n and k; None where a size is unknown.
+    """
+    known = [size for size in sizes if size is not None]
+    if device.type != "cpu" or len(known) < len(sizes) or math.prod(known) < _MIN_PACKED:
+        return False
+    if compat.onednn_linear() is None or _is_thin((None, *sizes), weight_gradient=False):
+        return False
+    if dtype is torch.bfloat16:
+        return compat.has_fast_cpu_dtype(dtype)  # in which aten calls oneDNN too
+    return dtype is torch.float32 and _key(dtype, with_activation=False) in table()
 
 
 def _is_thin(sizes: Sequence[int | None], weight_gradient: bool) -> bool:

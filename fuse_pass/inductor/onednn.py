@@ -22,7 +22,8 @@ _BLOCK = 1024
 def product(
     a: Tensor, b: Tensor, bias: Tensor | None, attribute: str, arguments: Sequence[float], algorithm: str
 ) -> Tensor:
-    """`a [m, k] @ b [n, k].T + bias [n]`, followed by an activation; a and b are stored by rows or by columns.
+    """`a [m, k] @ b [n, k].T + bias [n]`, followed by an activation; a and b are stored by rows or by columns,
+    or b by `compat.pack_onednn_weight`.
 
     Raises:
         RuntimeError: this build of PyTorch has no oneDNN.
@@ -32,7 +33,7 @@ def product(
         raise RuntimeError(
             "fuse_pass::gemm needs oneDNN (torch.backends.mkldnn.is_available()), which this build of PyTorch lacks"
         )
-    if a.dtype is torch.float32:
+    if a.dtype is torch.float32 and b.layout is torch.strided:
         if _by_columns(a) and _by_columns(b) and a.shape[1] >= _MANY_ROWS and bias is None and attribute == "none":
             return _by_blocks(linear, a, b)
         if _by_columns(b) and a.shape[0] >= _MANY_ROWS:

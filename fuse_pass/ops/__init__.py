@@ -9,6 +9,7 @@ from fuse_pass.ops import (
     fake_quantize_int,
     gated_dense,
     llm_int8,
+    prepacked,
     rng,
     straight_through,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "fake_quantize_int",
     "gated_dense",
     "llm_int8",
+    "prepacked",
     "rng",
     "straight_through",
 ]

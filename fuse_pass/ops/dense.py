@@ -38,8 +38,17 @@ def shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a [m, k] @ b [n, k].T + bias [n] → [m, n]`."""
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, prepack: bool = False) -> Tensor:
+    """`a [m, k] @ b [n, k].T + bias [n] → [m, n]`.
+
+    Args:
+        a: of any strides.
+        b: of any strides.
+        bias: of any strides.
+        prepack: b is a weight that stays as it is from call to call.
+    """
+    if prepack and prepacking_pays(b):
+        return _prepacked(a, b, bias, None, ())
     return _product(a, b, bias, _provider(a, b), None, ())
 
 
@@ -70,13 +79,35 @@ def _is_column_major(matrix: Tensor) -> bool:
 
 
 def product_with_activation(
-    a: Tensor, b: Tensor, bias: Tensor | None, activation: str, arguments: Sequence[float], weight: Tensor | None
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    arguments: Sequence[float],
+    weight: Tensor | None,
+    *,
+    prepack: bool = False,
 ) -> Tensor:
     """`activation(product(a, b, bias))`, in one call where a library offers that and it pays."""
     row = ACTIVATIONS[activation]
+    if prepack and row.post_op is not None and prepacking_pays(b):
+        return _prepacked(a, b, bias, row.post_op, arguments)
     if row.post_op is not None and _provider(a, b, with_activation=True) == gemm.ONEDNN:
         return _product(a, b, bias, gemm.ONEDNN, row.post_op, arguments)
-    return row.forward(product(a, b, bias), tuple(arguments), weight)
+    return row.forward(product(a, b, bias, prepack=prepack), tuple(arguments), weight)
+
+
+def prepacking_pays(weight: Tensor) -> bool:
+    """Whether a product with a `[n, k]` weight is faster by a copy that is packed once."""
+    return gemm.prepacking_pays(weight.device, weight.dtype, [compat.size_hint(size) for size in weight.shape])
+
+
+def _prepacked(
+    a: Tensor, weight: Tensor, bias: Tensor | None, post_op: tuple[str, str] | None, arguments: Sequence[float]
+) -> Tensor:
+    attribute, algorithm = post_op or ("none", "")
+    result: Tensor = torch.ops.fuse_pass.gemm_prepacked(a, weight, bias, attribute, list(arguments), algorithm)
+    return result
 
 
 def pays(device: torch.device, dtype: torch.dtype, sizes: Sequence[int | torch.SymInt], *, act: str = "") -> bool:
@@ -117,12 +148,14 @@ def _product(
     return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
 
-def _gemm_onednn(
+def gemm_onednn(
     a: Tensor, b: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
 ) -> Tensor:
+    """`fuse_pass::gemm`; b may be a weight that `compat.pack_onednn_weight` has packed."""
     # oneDNN reads a bias as if it were contiguous, whatever its strides.
     packed_bias = None if bias is None else bias.contiguous()
-    return onednn.product(_dense_rows(a), _dense_rows(b), packed_bias, attribute, arguments, algorithm)
+    columns = _dense_rows(b) if b.layout is torch.strided else b
+    return onednn.product(_dense_rows(a), columns, packed_bias, attribute, arguments, algorithm)
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:
@@ -133,7 +166,7 @@ def _dense_rows(matrix: Tensor) -> Tensor:
     return matrix if row_major or column_major else matrix.contiguous()
 
 
-def _gemm_fake(
+def gemm_fake(
     a: Tensor, b: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
 ) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0])
@@ -142,8 +175,8 @@ def _gemm_fake(
 define(
     "gemm",
     "(Tensor a, Tensor b, Tensor? bias, str attribute, float[] arguments, str algorithm) -> Tensor",
-    body=_gemm_onednn,
-    fake=_gemm_fake,
+    body=gemm_onednn,
+    fake=gemm_fake,
     dispatch_key="CPU",
     decompose=False,
 )

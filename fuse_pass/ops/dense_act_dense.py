@@ -95,13 +95,14 @@ def _forward_inference(
     act_arguments: list[float],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    prepack: bool = False,
 ) -> Tensor:
     if hidden_format:  # something stands between the product and the activation
         tail = (act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
         return _forward(x, weight1, bias1, weight2, bias2, *tail)[0]
-    a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight)
+    a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight, prepack=prepack)
     a = quantize_packed(rng.dropout(a, seed, p), act_format)
-    return shaped_like_rows_of(x, product(a, weight2, bias2))
+    return shaped_like_rows_of(x, product(a, weight2, bias2, prepack=prepack))
 
 
 def _tail_forward(
@@ -257,7 +258,10 @@ def _fake_backward(
 
 dense_act_dense = define("dense_act_dense", f"{_SCHEMA} -> (Tensor y, Tensor h)", _forward, _fake)
 dense_act_dense_inference = define(
-    "dense_act_dense_inference", f"{_SCHEMA} -> Tensor", _forward_inference, lambda *arguments: _fake(*arguments)[0]
+    "dense_act_dense_inference",
+    f"(Tensor x, Tensor weight1, Tensor? bias1, {_TAIL_SCHEMA}, bool prepack=False) -> Tensor",
+    _forward_inference,
+    lambda *arguments: _fake(*arguments)[0],
 )
 act_dense = define(
     "act_dense",

@@ -85,12 +85,13 @@ def _forward(
     gate_second: bool,
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    prepack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows_of(x)
-    h = product(rows, weight1, bias1)
-    up = None if weight_up is None else product(rows, weight_up, bias_up)
+    h = product(rows, weight1, bias1, prepack=prepack)
+    up = None if weight_up is None else product(rows, weight_up, bias_up, prepack=prepack)
     a = _gated(*_gate_and_up(h, up, gate_second, hidden_format), seed, p, activation, act_arguments, act_format)
-    y = product(a, weight2, bias2)
+    y = product(a, weight2, bias2, prepack=prepack)
     return shaped_like_rows_of(x, y), h, h.new_empty(0) if up is None else up
 
 
@@ -172,7 +173,7 @@ def _fake_backward(
 gated_dense = define("gated_dense", f"({_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor up)", _forward, _fake)
 gated_dense_inference = define(
     "gated_dense_inference",
-    f"({_TENSORS}, {_SETTINGS}) -> Tensor",
+    f"({_TENSORS}, {_SETTINGS}, bool prepack=False) -> Tensor",
     lambda *arguments: _forward(*arguments)[0],
     lambda *arguments: _fake(*arguments)[0],
 )

@@ -1,10 +1,18 @@
 """The patterns, in the order in which they are applied; to add one, write its file and add it to `PATTERNS`."""
 
-from fuse_pass.patterns import attention_projections, dense, dense_act_dense, dropout_norm, fake_quant, gated_dense
+from fuse_pass.patterns import (
+    attention_projections,
+    dense,
+    dense_act_dense,
+    dropout_norm,
+    fake_quant,
+    gated_dense,
+    prepack,
+)
 from fuse_pass.patterns.pattern import Candidate, Pattern, Situation, apply
 
 PATTERNS: tuple[Pattern, ...] = (gated_dense.PATTERN, dense_act_dense.PATTERN, dropout_norm.PATTERN, dense.PATTERN)
 
 __all__ = [
-    "PATTERNS", "Candidate", "Pattern", "Situation", "apply", "attention_projections", "dense", "fake_quant",
+    "PATTERNS", "Candidate", "Pattern", "Situation", "apply", "attention_projections", "dense", "fake_quant", "prepack",
 ]  # fmt: skip
