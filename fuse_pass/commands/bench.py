@@ -25,6 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ops": ("dropout_norm/*", "dense_act_dense/*"),
     "transformers": ("bert/*", "gpt2/*", "vit/*"),
     "models": ("models/*",),
+    "few": ("few/*",),
     "tiny": ("tiny/*",),
     "numbers": ("numbers/*",),
     "pass": ("pass/*",),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.backend import fuse_backend
+from fuse_pass.backend import FuseBackend, fuse_backend
 from fuse_pass.commands.bench_models import mlp
 from fuse_pass.commands.bench_results import EAGER, FREEZING, MAX_AUTOTUNE, OURS, STOCK
 from fuse_pass.commands.bench_rows import Row
@@ -135,7 +135,7 @@ def _settings(row: Row) -> dict[str, dict[str, Any]]:
         settings[FREEZING] = {}
         if row.autotune:
             settings[MAX_AUTOTUNE] = {"mode": "max-autotune-no-cudagraphs"}
-    return settings | {OURS: {"backend": fuse_backend}}
+    return settings | {OURS: {"backend": FuseBackend(prepack=row.prepack)}}
 
 
 @contextlib.contextmanager

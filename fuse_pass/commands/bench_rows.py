@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ class Row:
             taken from parameters, inputs and outputs.
         autotune: whether torch.compile with max-autotune takes part in inference; it takes minutes to compile models.
         is_reference: whether it is made of a reference model, which only a checkout has.
+        prepack: whether fuse_pass may keep its weights packed, as torch.compile does with freezing.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Row:
     passes: int | None = None
     autotune: bool = True
     is_reference: bool = False
+    prepack: bool = False
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -95,6 +98,19 @@ def _transformer(name: str, build: Callable[[], Example]) -> tuple[Row, ...]:
     )
 
 
+def _few_tokens() -> Iterator[Row]:
+    """So many layers that every call reads its weights from memory anew."""
+    for tokens, (dtype, name), prepack in itertools.product((8, 64), _NAMES.items(), (False, True)):
+
+        def build(tokens: int = tokens, dtype: torch.dtype = dtype) -> Example:
+            bert = reference_models().load("bert")
+            config = dataclasses.replace(bert.BertConfig.base(), layers=6, positions=tokens + 2)
+            return Example(BertEncoder(bert.build(config)).to(dtype), bert.example_inputs(config, 1))
+
+        mode = "infer+prepack" if prepack else "infer"
+        yield Row(f"few/{tokens}/{name}/{mode}", build, train=False, dtype=dtype, is_reference=True, prepack=prepack)
+
+
 def _reference(name: str, batch: int, prefix: str) -> tuple[Row, ...]:
     def build() -> Example:
         module = reference_models().load(name)
@@ -138,6 +154,7 @@ ROWS: tuple[Row, ...] = (
     *_transformer("bert", bert),
     *_transformer("gpt2", _gpt2),
     *_transformer("vit", _vit),
+    *_few_tokens(),
     *_tiny(),
     *(row for name in REFERENCE_MODELS for row in _reference(name, 8, "models")),
 )
