@@ -41,6 +41,7 @@ def test_equality_and_hash_follow_the_configuration() -> None:
     assert FuseBackend(names) == fuse_backend, "order does not matter"
     assert FuseBackend(["dropout_norm"]) != fuse_backend
     assert FuseBackend(strict=True) != fuse_backend
+    assert FuseBackend(prepack=True) != fuse_backend
     assert FuseBackend(memory="smallest") != fuse_backend == FuseBackend(memory="balanced")
     assert fuse_backend != "fuse_pass"
     assert "dropout_norm" in repr(FuseBackend(["dropout_norm"]))
@@ -53,6 +54,7 @@ def test_equality_and_hash_follow_the_configuration() -> None:
         ({"patterns": ["dense_gelu"]}, ValueError, "unknown pattern 'dense_gelu'; valid names are gated_dense, dense"),
         ({"patterns": "dropout_norm"}, TypeError, "collection of names"),
         ({"strict": 1}, TypeError, "strict: expected a bool, got 1"),
+        ({"prepack": "yes"}, TypeError, "prepack: expected a bool, got 'yes'"),
         ({"memory": "least"}, ValueError, "unknown setting 'least' of memory; valid are fastest, balanced, smallest"),
     ],
 )
@@ -82,7 +84,7 @@ def test_options_are_separated() -> None:
     assert own == {"strict": True}
     assert rest == {"max_autotune": False, "triton.cudagraphs": False}
     with pytest.raises(
-        ValueError, match=r"unknown option 'max_autotone': fuse_pass knows patterns, quantize, memory, strict"
+        ValueError, match=r"unknown option 'max_autotone': fuse_pass knows patterns, quantize, memory, prepack, strict"
     ):
         backend.split_options({"max_autotone": True})
 

@@ -27,8 +27,7 @@ from fuse_pass.ops.dense import gemm_fake, gemm_onednn, product, product_with_ac
 from fuse_pass.ops.library import define
 
 _PLACES = 64
-# Of the weight's elements, to compare them bit by bit: NaN is to equal itself.
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN asks for the rows that a weight is packed for; what it does for many is as fast for one.
 _ROWS = 512
 
@@ -39,7 +38,7 @@ class _Entry:
 
     Attributes:
         state: its address and version.
-        places: its bits at some places.
+        places: its value at some places; a weight with NaN there is never found unchanged.
         packed: the packed copy; None until the weight was found unchanged once.
     """
 
@@ -63,12 +62,12 @@ class PackedWeights:
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The packed copy of a `[n, k]` weight as it is now; None where it has changed or cannot be watched."""
-        if weight.is_inference() or not weight.is_contiguous() or weight.dtype not in _BITS or not weight.numel():
+        if weight.is_inference() or not weight.is_contiguous() or weight.dtype not in _DTYPES or not weight.numel():
             return None
         where = (weight.storage_offset(), tuple(weight.shape), weight.dtype)
         state = (weight.data_ptr(), weight._version)
         values = weight.detach()
-        places = values.view(_BITS[weight.dtype]).view(-1)[_places(weight.numel())]
+        places = torch.take(values, _places(weight.numel()))
         storage = weight.untyped_storage()
         with self._lock:
             entry = self._by_storage.get(storage, {}).get(where)
