@@ -54,8 +54,7 @@ class FuseBackend:
 
     Raises:
         ValueError: an unknown pattern name or setting of `memory`.
-        TypeError: `patterns` is not a collection of names, or `prepack` or `strict` is
-            not a bool.
+        TypeError: `patterns` is not a collection of names, or `prepack` or `strict` is not a bool.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class _Entry:
     packed: Tensor | None = None
 
 
-_Where = tuple[int, tuple[int, ...], torch.dtype]
+_Where = tuple[int | torch.SymInt, tuple[int, ...], torch.dtype]
 
 
 class PackedWeights:
@@ -70,7 +70,7 @@ class PackedWeights:
         places = torch.take(values, _places(weight.numel()))
         storage = weight.untyped_storage()
         with self._lock:
-            entry = self._by_storage.get(storage, {}).get(where)
+            entry: _Entry | None = self._by_storage.get(storage, {}).get(where)
         if entry is None or entry.state != state or not torch.equal(entry.places, places):
             self._keep(storage, where, _Entry(state, places))
             return None
