@@ -99,7 +99,7 @@ def test_graphs_of_a_broken_model_are_merged() -> None:
 
 
 def test_a_failing_pattern_is_an_error_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError("broken pattern")
 
     monkeypatch.setattr("fuse_pass.backend.apply", fail)
