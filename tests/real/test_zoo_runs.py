@@ -29,6 +29,12 @@ from tests.real.zoo_models import build, zoo
 # Whose products stay with PyTorch's library: in oneDNN's order of summation one gradient of a window attention errs up
 # to 1.12 times what is allowed.
 WITHOUT_ONEDNN = ("clap",)
+_SETS_REQUIRES_GRAD = "it sets requires_grad of its inputs, which here are leaves of the test no more"
+NOT_COMPARED = {
+    ("speecht5", True): _SETS_REQUIRES_GRAD,
+    ("wav2vec2-conformer", True): _SETS_REQUIRES_GRAD,
+    ("wav2vec2-conformer", False): "its table of positions, kept from call to call, is one for another length",
+}
 SAMPLE = ("gpt2", "nn.TransformerEncoder-gelu-pre")
 train_and_eval = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -49,6 +55,8 @@ def through_the_front(model: torch.nn.Module, *, backend: levels.Backend) -> Cal
 
 
 def assert_right(name: str, training: bool, compiler: Callable[..., Any] = torch.compile) -> None:
+    if (name, training) in NOT_COMPARED:
+        pytest.skip(NOT_COMPARED[name, training])
     model, args, kwargs = build(name)
     products = mock.patch.object(gemm, "table", return_value={}) if name in WITHOUT_ONEDNN else contextlib.nullcontext()
     with levels.ready_to_compare(), products:
