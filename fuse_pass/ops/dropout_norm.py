@@ -206,7 +206,7 @@ def _sum(x: Tensor, dims: list[int]) -> Tensor:
         return x.sum(dims)
     x = x.flatten(0, len(dims) - 1)
     whole = rows - rows % _ROWS_PER_BLOCK
-    blocks = x[:whole].reshape(-1, _ROWS_PER_BLOCK, *x.shape[1:]).sum(1).sum(0)
+    blocks = x[:whole].reshape(whole // _ROWS_PER_BLOCK, _ROWS_PER_BLOCK, *x.shape[1:]).sum(1).sum(0)
     return blocks if whole == rows else blocks + x[whole:].sum(0)
 
 

@@ -71,6 +71,14 @@ def test_parameters_whose_gradients_are_summed_in_blocks(dtype: torch.dtype, row
     assert_exact(inputs("layer_norm", dtype, rows=rows))
 
 
+def test_no_features_in_blocks_of_rows() -> None:
+    x, weight, bias = torch.randn(40, 0), torch.ones(0), torch.zeros(0)
+    values = {"x": x, "residual": x.clone(), "weight": weight, "bias": bias}
+    grads = run(ours, {name: value.requires_grad_() for name, value in values.items()}, "layer_norm", 0.0)
+    assert grads["x"].shape == (40, 0)
+    assert grads["weight"].shape == grads["bias"].shape == (0,)
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-12])
 def test_a_constant_row_is_exactly_zero(eps: float) -> None:
     """The rounding of its mean, divided by the root of eps, would be noise of 1e-5 and more."""
