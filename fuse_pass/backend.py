@@ -18,7 +18,7 @@ from fuse_pass.formats import Format
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.view import GraphView
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, input_checks
 from fuse_pass.inductor.cache_key import cache_key
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
 from fuse_pass.ops.dropout_masks import OwnMasks
@@ -129,7 +129,10 @@ class FuseBackend:
             if own_random_numbers:
                 inner = (*inner, OwnMasks())
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
-                cache_key(configured.options), inner, memory=configured.memory
+                cache_key(configured.options),
+                inner,
+                memory=configured.memory,
+                guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )
         return compiler(fused, example_inputs)  # type: ignore[no-any-return]
 

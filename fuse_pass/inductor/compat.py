@@ -19,6 +19,7 @@ __all__ = [
     "inductor_compiler",
     "inductor_seed",
     "int_mm",
+    "is_given",
     "is_inductor_option",
     "joint_passes",
     "never_merge",
@@ -96,10 +97,19 @@ def is_inductor_option(name: str) -> bool:
     return name.replace("-", "_") in inductor_config.get_config_copy()
 
 
+def is_given(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether the options of one compilation say anything about this one of Inductor's."""
+    return name in _with_underscores(options)
+
+
+def _with_underscores(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor reads dashes in the name of an option as underscores."""
+    return {key.replace("-", "_"): value for key, value in options.items()}
+
+
 def _option(options: Mapping[str, Any], name: str) -> Any:
-    """The value that will hold during compilation; Inductor reads dashes in the name of an option as underscores."""
-    given = {key.replace("-", "_"): value for key, value in options.items()}
-    return given.get(name, getattr(inductor_config, name, None))
+    """The value that will hold during compilation."""
+    return _with_underscores(options).get(name, getattr(inductor_config, name, None))
 
 
 def draws_stock_random_numbers(options: Mapping[str, Any]) -> bool:

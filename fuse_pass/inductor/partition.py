@@ -28,17 +28,28 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 class RecomputeTags(CustomGraphPass):
     """Inductor's `joint_custom_post_pass`; runs the passes that the user has set there first.
 
+    That it is set tells the rest of Inductor's work that the graph is ours.
+
     Args:
         key: identity of fuse_pass for Inductor's and AOTAutograd's caches.
         inner: the user's own passes for the same slot.
         memory: one of `MEMORY`. Masks are always recomputed; "balanced" recomputes the activation between two Linear
             layers too, "smallest" also the product before it.
+        guarded_inputs: sizes and strides of the inputs are checked before the compiled graph is called.
     """
 
-    def __init__(self, key: bytes, inner: Sequence[Callable[[Graph], None]] = (), *, memory: str = "balanced") -> None:
+    def __init__(
+        self,
+        key: bytes,
+        inner: Sequence[Callable[[Graph], None]] = (),
+        *,
+        memory: str = "balanced",
+        guarded_inputs: bool = False,
+    ) -> None:
         self._key = key
         self._inner = tuple(inner)
         self._memory = memory
+        self.guarded_inputs = guarded_inputs
 
     def __call__(self, graph: Graph) -> None:
         for run in self._inner:
@@ -51,7 +62,7 @@ class RecomputeTags(CustomGraphPass):
     def uuid(self) -> Any:
         inner = [run.uuid() if isinstance(run, CustomGraphPass) else None for run in self._inner]
         # Inductor takes None as "do not cache": right for a pass of the user that has no identity.
-        return None if None in inner else (self._key, self._memory, *inner)
+        return None if None in inner else (self._key, self._memory, self.guarded_inputs, *inner)
 
 
 def _is_recomputable(node: Node, memory: str) -> bool:
