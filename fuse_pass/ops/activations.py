@@ -69,6 +69,14 @@ _quick_gelu = _in_float32(lambda h: h * torch.sigmoid(QUICK_GELU_SLOPE * h))
 _quick_gelu_grad = _in_float32(_quick_gelu_backward)
 _relu_squared = _in_float32(lambda h: aten.relu(h) * aten.relu(h))
 _relu_squared_grad = _in_float32(lambda grad, h: aten.threshold_backward(grad * (2 * aten.relu(h)), h, 0))
+# Written out by relu6 they have its gradient, which is that of the middle where h is NaN; and aten's hardsigmoid knows
+# 1/6 in float32 only.
+_hardswish_of_relu6 = _in_float32(lambda h: h * aten.hardtanh(h + 3, 0, 6) / 6)
+_hardswish_of_relu6_grad = _in_float32(
+    lambda grad, h: grad * aten.hardtanh(h + 3, 0, 6) / 6 + aten.hardtanh_backward(grad * h / 6, h + 3, 0, 6)
+)
+_hardsigmoid_of_relu6 = _in_float32(lambda h: aten.hardtanh(h + 3, 0, 6) / 6)
+_hardsigmoid_of_relu6_grad = _in_float32(lambda grad, h: aten.hardtanh_backward(grad / 6, h + 3, 0, 6))
 _elu = aten.elu.default
 _elu_backward = aten.elu_backward.default
 
@@ -144,6 +152,17 @@ ACTIVATIONS: dict[str, Activation] = {
             "hardsigmoid",
             lambda h, a, w: aten.hardsigmoid(h),
             lambda g, h, a, w: aten.hardsigmoid_backward(g, h),
+        ),
+        Activation(
+            "hardswish_of_relu6",
+            lambda h, a, w: _hardswish_of_relu6(h),
+            lambda g, h, a, w: _hardswish_of_relu6_grad(g, h),
+            ("hardswish", ""),
+        ),
+        Activation(
+            "hardsigmoid_of_relu6",
+            lambda h, a, w: _hardsigmoid_of_relu6(h),
+            lambda g, h, a, w: _hardsigmoid_of_relu6_grad(g, h),
         ),
         Activation(
             "hardtanh",

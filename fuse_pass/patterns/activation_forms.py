@@ -47,8 +47,8 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
         lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
     ),
     "relu_squared": (lambda x: F.relu(x) ** 2,),
-    "hardswish": (lambda x: x * F.relu6(x + 3) / 6,),
-    "hardsigmoid": (lambda x: F.relu6(x + 3) / 6,),
+    "hardswish_of_relu6": (lambda x: x * F.relu6(x + 3) / 6,),
+    "hardsigmoid_of_relu6": (lambda x: F.relu6(x + 3) / 6,),
 }
 
 # Activations that the graph calls by name: canonical kind → the constants that go with it.

@@ -31,6 +31,8 @@ EXACT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu_squared": lambda h, w: F.relu(h) ** 2,
     "hardswish": lambda h, w: F.hardswish(h),
     "hardsigmoid": lambda h, w: F.hardsigmoid(h),
+    "hardswish_of_relu6": lambda h, w: h * F.relu6(h + 3) / 6,
+    "hardsigmoid_of_relu6": lambda h, w: F.relu6(h + 3) / 6,
     "hardtanh": lambda h, w: F.hardtanh(h, -3.0, 2.5),
     "sigmoid": lambda h, w: torch.sigmoid(h),
     "tanh": lambda h, w: torch.tanh(h),
@@ -108,13 +110,15 @@ def test_special_values_behave_as_in_eager(name: str, dtype: torch.dtype) -> Non
     h = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1e30, -1e30, largest, -largest], dtype=dtype)
     value, grad_h = ours(name, h, torch.ones_like(h))
     eager, eager_grad = by_autograd(name, h, torch.ones_like(h))
-    torch.testing.assert_close(value, eager, rtol=0, atol=0, equal_nan=True)
+    # Eager rounds every step of what is written out.
+    exact = 2 * torch.finfo(dtype).eps if name.endswith("_of_relu6") else 0
+    torch.testing.assert_close(value, eager, rtol=exact, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(value[:2]), torch.signbit(eager[:2]))
     finite = torch.isfinite(h)
     # Eager's own gradient of tanh-GELU is NaN from 1e30 on; ours is the same function.
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0, "equal_nan": True}
     torch.testing.assert_close(grad_h[finite], eager_grad[finite], **tolerance)
-    assert grad_h[2].isnan() == eager_grad[2].isnan()
+    torch.testing.assert_close(grad_h[2], eager_grad[2], equal_nan=True)  # where h is NaN
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -81,7 +81,7 @@ HARDSWISH: dict[str, Elementwise] = {
 HARDSIGMOID: dict[str, Elementwise] = {"relu6": lambda x: F.relu6(x + 3) / 6}
 WRITTEN = {
     "gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU, "silu": SILU, "mish": MISH,
-    "relu_squared": RELU_SQUARED, "hardswish": HARDSWISH, "hardsigmoid": HARDSIGMOID,
+    "relu_squared": RELU_SQUARED, "hardswish_of_relu6": HARDSWISH, "hardsigmoid_of_relu6": HARDSIGMOID,
 }  # fmt: skip
 
 # Different functions, some of which are one token away from a form.
