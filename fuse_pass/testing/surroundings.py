@@ -39,7 +39,7 @@ def region_inside(b: Builder) -> None:
     region = b.random.choice(_REGIONS)
     cast = ".to(x0.dtype)" if "autocast" in region else ""
     lines = [f"t = {x.name}", *(f"t = {step}" for step in steps[:first]), region]
-    lines += [f"    t = {step}{cast if b.chance(0.5) else ''}" for step in steps[first:end]]
+    lines += [f"    t = ({step}){cast if b.chance(0.5) else ''}" for step in steps[first:end]]
     lines += [f"t = t.clone(){cast}", *(f"t = {step}" for step in steps[end:])]
     b.emit_block(lines, "t.to(x0.dtype)", shape)
 

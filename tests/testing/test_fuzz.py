@@ -77,6 +77,12 @@ def test_the_text_of_every_program_can_be_loaded() -> None:
             assert namespace["Model"]().training
 
 
+@planted_and_near
+def test_the_text_of_every_program_is_python(near_misses: bool) -> None:
+    for seed in range(4000):
+        compile(generate(seed, near_misses=near_misses).text(), f"seed {seed}", "exec")
+
+
 def wrong_program() -> tuple[Program, Verdict]:
     summary = fuzz(0, 60, until=lambda summary: bool(summary.failures))
     ((_, program, verdict),) = summary.failures
