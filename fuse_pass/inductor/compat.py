@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,16 +10,20 @@ import torch
 import torch._inductor.config as inductor_config
 from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 __all__ = [
     "disable_current_modes",
     "draws_stock_random_numbers",
     "has_fast_cpu_dtype",
+    "has_vector_loops",
     "inductor_compiler",
     "inductor_seed",
     "int_mm",
+    "is_compiling",
     "is_given",
     "is_inductor_option",
     "joint_passes",
@@ -86,6 +91,17 @@ def has_fast_cpu_dtype(dtype: torch.dtype) -> bool:
     name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}[dtype]
     query = getattr(torch.ops.mkldnn, name, None)
     return bool(query is not None and query())
+
+
+def is_compiling() -> bool:
+    """Whether the calls that are made now are written into a graph, and not run."""
+    return get_proxy_mode() is not None
+
+
+@functools.cache
+def has_vector_loops() -> bool:
+    """Whether Inductor knows vector instructions of this CPU."""
+    return bool(pick_vec_isa())
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fuse_pass.inductor import compat, gemm, onednn
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.library import (
+    accumulation_dtype,
     autocast_as_products,
     define,
     define_autograd,
@@ -49,6 +50,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, prepack: bool =
     """
     if prepack and prepacking_pays(b):
         return _prepacked(a, b, bias, None, ())
+    if _sums_pay(a, b):
+        return _sums(a, b, bias)
     return _product(a, b, bias, _provider(a, b), None, ())
 
 
@@ -57,7 +60,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
     A weight that is stored `[d_in, d_out]` and reaches us transposed would otherwise get a gradient to be copied.
     """
-    return _weight_gradient(grad, x, _is_column_major(weight))
+    return _weight_gradient(grad, x, is_column_major(weight))
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, column_major: bool) -> Tensor:
@@ -68,12 +71,12 @@ def _weight_gradient(grad: Tensor, x: Tensor, column_major: bool) -> Tensor:
 
 def gradient_like(tensor: Tensor) -> Tensor:
     """Uninitialised, with the shape and layout of a gradient of `tensor`."""
-    if tensor.dim() == 2 and _is_column_major(tensor):
+    if tensor.dim() == 2 and is_column_major(tensor):
         return tensor.new_empty(tensor.shape[::-1]).t()
     return tensor.new_empty(tensor.shape)
 
 
-def _is_column_major(matrix: Tensor) -> bool:
+def is_column_major(matrix: Tensor) -> bool:
     strides: list[int | None] = [stride if isinstance(stride, int) else None for stride in matrix.stride()]  # no guards
     return strides[0] == 1 and strides[1] != 1
 
@@ -92,7 +95,7 @@ def product_with_activation(
     row = ACTIVATIONS[activation]
     if prepack and row.post_op is not None and prepacking_pays(b):
         return _prepacked(a, b, bias, row.post_op, arguments)
-    if row.post_op is not None and _provider(a, b, with_activation=True) == gemm.ONEDNN:
+    if row.post_op is not None and not _sums_pay(a, b) and _provider(a, b, with_activation=True) == gemm.ONEDNN:
         return _product(a, b, bias, gemm.ONEDNN, row.post_op, arguments)
     return row.forward(product(a, b, bias, prepack=prepack), tuple(arguments), weight)
 
@@ -110,15 +113,25 @@ def _prepacked(
     return result
 
 
-def pays(device: torch.device, dtype: torch.dtype, sizes: Sequence[int | torch.SymInt], *, act: str = "") -> bool:
-    """Whether another library than PyTorch's own choice is faster at `x [m, k] @ weight [n, k].T`.
+def pays(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int | torch.SymInt],
+    *,
+    column_major: bool = False,
+    act: str = "",
+) -> bool:
+    """Whether anything is faster at `x [m, k] @ weight [n, k].T` than PyTorch's own choice.
 
     Args:
         device: of the operands.
         dtype: in which the product is computed.
         sizes: m, n and k.
+        column_major: the weight is stored `[k, n]`.
         act: an activation that follows in the same call.
     """
+    if gemm.sums_pay(device, dtype, sizes, column_major=column_major):
+        return True
     hints = [compat.size_hint(size) for size in sizes]
     if act:
         post_op = ACTIVATIONS[act].post_op
@@ -129,6 +142,23 @@ def pays(device: torch.device, dtype: torch.dtype, sizes: Sequence[int | torch.S
 def _provider(a: Tensor, b: Tensor, *, with_activation: bool = False, weight_gradient: bool = False) -> str:
     sizes = [compat.size_hint(size) for size in (a.shape[0], b.shape[0], a.shape[1])]
     return gemm.provider(a.device, a.dtype, sizes, with_activation=with_activation, weight_gradient=weight_gradient)
+
+
+def _sums_pay(a: Tensor, b: Tensor) -> bool:
+    """In a graph only: run one by one, the calls would store every product before it is summed."""
+    column_major, stride = is_column_major(b), b.stride(1)
+    is_dense = column_major or (isinstance(stride, int) and stride == 1)
+    sizes = (a.shape[0], *b.shape)
+    return compat.is_compiling() and is_dense and gemm.sums_pay(a.device, a.dtype, sizes, column_major=column_major)
+
+
+def _sums(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """The product as one sum per row and column, in one loop over the rows of b."""
+    wide = accumulation_dtype(a.dtype)
+    # Stored, or what computes a would be computed anew for every column.
+    rows = compat.stored_once(a.contiguous()).to(wide).unbind(0)
+    y = torch.stack([(row * b.to(wide)).sum(-1) for row in rows])
+    return (y if bias is None else y + bias.to(wide)).to(a.dtype)
 
 
 def _product(
@@ -252,7 +282,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps what eager keeps and no more: whatever needs no gradient may be written to afterwards."""
     x, weight, _ = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.column_major = _is_column_major(weight)
+    ctx.column_major = is_column_major(weight)
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
 

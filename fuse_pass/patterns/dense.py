@@ -26,7 +26,7 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear
-from fuse_pass.ops.dense import pays
+from fuse_pass.ops.dense import is_column_major, pays
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.pattern import Candidate, Pattern
 from fuse_pass.report import Reason
@@ -68,19 +68,21 @@ SPELLINGS: dict[str, Any] = {
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     for layer in view.linears.values():
-        sizes = _sizes(layer)
-        if sizes is not None and pays(*sizes):
+        if is_candidate(layer):
             activation = _activation_after(view, layer)
-            if activation is not None and pays(*sizes, act=activation.name):
+            if activation is not None and is_candidate(layer, act=activation.name):
                 yield _candidate(layer, activation)
             else:
                 yield _candidate(layer, None)
 
 
-def is_candidate(layer: Linear) -> bool:
-    """Whether a Linear is faster as ours."""
-    sizes = _sizes(layer)
-    return sizes is not None and pays(*sizes)
+def is_candidate(layer: Linear, *, act: str = "") -> bool:
+    """Whether a Linear, with an activation after it or without, is faster as ours."""
+    sizes, weight = _sizes(layer), value_of(layer.weight)
+    if sizes is None or weight is None:
+        return False
+    column_major = is_column_major(weight.t() if layer.transposed else weight)
+    return pays(*sizes, column_major=column_major, act=act)
 
 
 def _sizes(layer: Linear) -> tuple[torch.device, torch.dtype, tuple[Any, Any, Any]] | None:

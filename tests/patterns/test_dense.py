@@ -26,7 +26,7 @@ ops = torch.ops.fuse_pass
 
 @pytest.fixture(autouse=True)
 def asked(every_linear_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, act="": True)
+    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": True)
 
 
 def targets(found: Captured) -> list[Any]:
@@ -61,7 +61,7 @@ def test_it_takes_what_other_patterns_leave() -> None:
 
 
 def test_what_does_not_pay_is_neither_replaced_nor_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, act="": False)
+    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": False)
     found = capture(nn.Linear(8, 24), torch.randn(4, 8))
     assert found.rewritten[0] is found.originals[0]
     assert (found.report.matches, found.report.declines) == ([], [])
@@ -69,7 +69,7 @@ def test_what_does_not_pay_is_neither_replaced_nor_reported(monkeypatch: pytest.
 
 def test_the_question_is_asked_with_the_sizes_and_dtype_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(dense, "pays", lambda *sizes, act="": bool(asked.append(sizes)))
+    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": bool(asked.append(sizes)))
     layer, cpu = nn.Linear(8, 24), torch.device("cpu")
     capture(layer, torch.randn(2, 5, 8))
     capture(layer, torch.randn(8))
@@ -144,7 +144,7 @@ def test_an_activation_that_is_not_alone_stays_outside(function: Callable[..., T
 
 
 def test_an_activation_that_does_not_pay_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, act="": not act)
+    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": not act)
     found = in_inference(lambda x, w, b: F.relu(F.linear(x, w, b)), counts={"dense": 1})
     assert ops.dense.default in targets(found)
 

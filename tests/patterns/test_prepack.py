@@ -78,7 +78,7 @@ def test_layers_and_blocks_are_found(name: str) -> None:
 
 
 def test_what_the_pattern_dense_has_replaced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_pass.patterns.dense, "pays", lambda *sizes, act="": True)
+    monkeypatch.setattr(fuse_pass.patterns.dense, "pays", lambda *sizes, column_major=False, act="": True)
     captured = found(nn.Sequential(nn.Linear(8, 24), nn.Tanh()), torch.randn(4, 8))
     assert captured.report.counts() == {"dense": 1, "prepack": 1}
     (call,) = [n for n in captured.rewritten[0].graph.nodes if n.target is ops.dense_prepacked.default]
