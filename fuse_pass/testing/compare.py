@@ -5,15 +5,16 @@ dtypes, strides, aliases, missing gradients, mutated inputs, or a random draw wh
 `torch.compile` does in the same way is PyTorch's, not ours.
 
 An error bound taken from a handful of rounded numbers is itself noise. Before a value counts as wrong, eager's error is
-taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data. A value that is
-0 in exact arithmetic, and of which eager has nothing but rounding, may have four times as much of it.
+taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data. Where eager
+computes in float64 it has no error against itself; there it is what eager errs in float32, as many times smaller as
+float64 is more exact.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from fuse_pass.testing.program import load
 
 _MORE_DATA = 5
 _ENOUGH = 2
+_FLOAT64_TO_FLOAT32 = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
 class Status(enum.StrEnum):
@@ -68,17 +70,21 @@ class Contenders(Protocol):
 
     def exact(self, seed: int) -> Runs: ...
 
+    def in_float32(self, seed: int) -> Runs | None:
+        """Eager's runs in float32 where it computes in float64 itself; None elsewhere."""
+
 
 class _ProgramRuns:
     """The contenders of one program."""
 
     def __init__(self, text: str, level: str) -> None:
         self.level = level
-        self.narrow, self.wide = load(text), load(text, exact=True)
+        self.narrow, self.wide = load(text), load(text, precision=torch.float64)
         self.dtype: torch.dtype = getattr(torch, self.narrow["SETTINGS"]["dtype"])
         self.seed: int = self.narrow["SETTINGS"]["seed"]
         self.model = build(self.narrow, self.dtype)
         self.exact_model = build(self.wide, torch.float64)
+        self.single = load(text, precision=torch.float32) if self.dtype is torch.float64 else None
 
     def compiled(self, backend: levels.Backend) -> Callable[[int], Runs]:
         torch._dynamo.reset()
@@ -92,6 +98,13 @@ class _ProgramRuns:
     def exact(self, seed: int) -> Runs:
         with masks.in_eager():
             return observe(self.wide, self.exact_model, self.exact_model, torch.float64, seed)
+
+    def in_float32(self, seed: int) -> Runs | None:
+        if self.single is None:
+            return None
+        model = build(self.single, torch.float32)
+        with masks.in_eager():
+            return observe(self.single, model, model, torch.float32, seed)
 
 
 def check(text: str, level: str = "aot") -> Verdict:
@@ -156,12 +169,21 @@ def _with_more_data(
     seeds = [contenders.seed + 101 * i for i in range(1, _MORE_DATA + 1)]
     triples = [(run(seed), contenders.eager(seed), contenders.exact(seed)) for seed in (contenders.seed, *seeds)]
     noise = noise_of((eager, exact) for _, eager, exact in triples)
+    for name, value in noise_of(_in_float32(contenders, seeds)).items():
+        noise[name] = max(noise[name], value * _FLOAT64_TO_FLOAT32)
     remaining = [list(differences(*triple, noise)) for triple in triples]
     sets = Counter(key for some in remaining for key in {_in_any_round(difference) for difference in some})
     wrong = [difference for some in remaining for difference in some if sets[_in_any_round(difference)] >= _ENOUGH]
     if wrong:
         return wrong, Status.WRONG
     return found, Status.NOISE if sets else Status.RIGHT
+
+
+def _in_float32(contenders: Contenders, seeds: Sequence[int]) -> Iterator[tuple[Runs, Runs]]:
+    for seed in seeds:
+        runs = contenders.in_float32(seed)
+        if runs is not None:
+            yield runs, contenders.exact(seed)
 
 
 def _in_any_round(difference: Difference) -> tuple[str, str]:

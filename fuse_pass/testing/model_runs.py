@@ -94,6 +94,9 @@ class ModelRuns:
         with masks.in_eager():
             return self._observed(self._wide, self._wide, seed)
 
+    def in_float32(self, seed: int) -> Runs | None:
+        return None  # no model computes in float64
+
     def _observed(self, model: nn.Module, call: Call, seed: int) -> Runs:
         return [self._round(model, call, seed, i) for i in range(len(self._inputs))]
 

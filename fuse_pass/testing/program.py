@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -158,11 +160,11 @@ def _needed(definitions: Mapping[str, str], text: str, mention: str) -> Iterator
     return (definition for name, definition in definitions.items() if name in wanted)
 
 
-def load(text: str, *, exact: bool = False) -> dict[str, Any]:
-    """Runs the text of a program; with `exact`, all that it computes in narrower dtypes is computed in float64."""
-    if exact:
-        for old, new in _TO_FLOAT64:
-            text = re.sub(old, new, text)
+def load(text: str, *, precision: torch.dtype | None = None) -> dict[str, Any]:
+    """Runs the text of a program; given a precision, float32 or float64, all that it computes is computed in that."""
+    if precision is not None:
+        for old, new in _IN_ONE_PRECISION:
+            text = re.sub(old, new.format(precision, "double" if precision is torch.float64 else "float"), text)
     name = f"fuse_pass_fuzz_{zlib.crc32(text.encode()):08x}.py"
     # Dynamo and the tracebacks of failures look source lines up there.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
@@ -171,10 +173,10 @@ def load(text: str, *, exact: bool = False) -> dict[str, Any]:
     return namespace
 
 
-_TO_FLOAT64 = (
+_IN_ONE_PRECISION = (
     (r'torch\.autocast\("cpu", torch\.bfloat16\)', 'torch.autocast("cpu", enabled=False)'),
-    (r"torch\.(float32|bfloat16|float16)\b", "torch.float64"),
-    (r"\.(float|bfloat16|half)\(\)", ".double()"),
+    (r"torch\.(float64|float32|bfloat16|float16)\b", "{0}"),
+    (r"\.(double|float|bfloat16|half)\(\)", ".{1}()"),
 )
 
 

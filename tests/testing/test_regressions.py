@@ -15,6 +15,7 @@ MEMBERS = {
     "frozen": "self.frozen = nn.Linear(24, 16).requires_grad_(False)",
     "frozen_down": "self.frozen_down = nn.Linear(16, 24)",
     "to_nothing": "self.to_nothing = nn.Linear(24, 0)",
+    "scale": "self.scale = nn.Parameter(torch.empty(5))",
     "of_nothing": "self.of_nothing = nn.Linear(0, 24)",
 }
 
@@ -88,6 +89,16 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         ),
         "y",
         Settings(dtype="bfloat16", special=True),
+        1,
+    ),
+    "a gradient in float64 that is nothing but rounding": (
+        True,
+        (
+            "v = (x0 - x0.mean(1, keepdim=True)) / torch.sqrt(x0.var(1, keepdim=True)) * self.scale[:, None]",
+            "y = self.rms_norm(v + v)",
+        ),
+        "y",
+        Settings(seed=3, dtype="float64", training=False),
         1,
     ),
     "constant rows": (
