@@ -50,6 +50,7 @@ class ModelRuns:
         training: train or eval.
         level: what stands behind fuse_pass, one of `levels.LEVELS`.
         compiler: `torch.compile`, or what takes its place.
+        batch_statistics: whether batch norms in train mode read the batch, or what they have kept.
 
     Attributes:
         compilations: what Dynamo did, run by run.
@@ -64,11 +65,15 @@ class ModelRuns:
         training: bool,
         level: str = "aot",
         compiler: Callable[..., Call] = torch.compile,
+        batch_statistics: bool = True,
     ) -> None:
         self.level, self.seed, self.training = level, 0, training
         self.compilations: list[Compilations] = []
         self._compiler = compiler
         self._narrow = model.train(training)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not batch_statistics:
+                module.eval()
         self._state = {name: value.detach().clone() for name, value in _state(model).items()}
         self._wide = copy.deepcopy(model).double()
         self._inputs = [(args, dict(kwargs)), (args, dict(kwargs)), _one_more((args, dict(kwargs)))]

@@ -29,8 +29,15 @@ from tests.real.zoo_models import build, zoo
 # Whose products stay with PyTorch's library: in oneDNN's order of summation one gradient of a window attention errs up
 # to 1.12 times what is allowed.
 WITHOUT_ONEDNN = ("clap",)
+# Whose batch norms see so few values of a channel that eager's gradients are a thousandth noise and more.
+WITHOUT_BATCH_STATISTICS = ("convmixer_768_32", "halonet26t", "mobileone_s0")
 _SETS_REQUIRES_GRAD = "it sets requires_grad of its inputs, which here are leaves of the test no more"
 NOT_COMPARED = {
+    (
+        "deformable_detr",
+        True,
+    ): "compiled, stock or by us, it draws masks of PyTorch's, which nothing can be compared with",
+    ("hubert", True): _SETS_REQUIRES_GRAD,
     ("speecht5", True): _SETS_REQUIRES_GRAD,
     ("wav2vec2-conformer", True): _SETS_REQUIRES_GRAD,
     ("wav2vec2-conformer", False): "its table of positions, kept from call to call, is one for another length",
@@ -60,7 +67,8 @@ def assert_right(name: str, training: bool, compiler: Callable[..., Any] = torch
     model, args, kwargs = build(name)
     products = mock.patch.object(gemm, "table", return_value={}) if name in WITHOUT_ONEDNN else contextlib.nullcontext()
     with levels.ready_to_compare(), products:
-        runs = ModelRuns(model, args, kwargs, training=training, compiler=compiler)
+        reads_batch = name not in WITHOUT_BATCH_STATISTICS
+        runs = ModelRuns(model, args, kwargs, training=training, compiler=compiler, batch_statistics=reads_batch)
         noise = noise_of([(runs.eager(runs.seed), runs.exact(runs.seed))])
         assert statistics.median(noise.values()) < 1e-4, "the reference is another function, and allows every error"
         verdict = judge(runs)
