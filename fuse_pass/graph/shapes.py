@@ -47,7 +47,10 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory alike; the stride of a dimension of one element has no meaning."""
+    """Whether two tensors of one shape lie in memory alike.
+
+    The stride of a dimension of one element has no meaning, nor has any of a tensor without elements.
+    """
     return _same_strides(a.shape, a.stride(), b.stride())
 
 
@@ -57,6 +60,8 @@ def is_contiguous(value: torch.Tensor) -> bool:
 
 
 def _same_strides(shape: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> bool:
+    if any(same_size(size, 0) for size in shape):
+        return True
     return all(same_size(size, 1) or same_size(x, y) for size, x, y in zip(shape, a, b, strict=True))
 
 

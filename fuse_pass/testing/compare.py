@@ -5,7 +5,8 @@ dtypes, strides, aliases, missing gradients, mutated inputs, or a random draw wh
 `torch.compile` does in the same way is PyTorch's, not ours.
 
 An error bound taken from a handful of rounded numbers is itself noise. Before a value counts as wrong, eager's error is
-taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data. Where eager
+taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data, of six and again
+of 24. Where eager
 computes in float64 it has no error against itself; there it is what eager errs in float32, as many times smaller as
 float64 is more exact.
 """
@@ -26,7 +27,7 @@ from fuse_pass.testing.differences import Difference, Runs, differences, noise_o
 from fuse_pass.testing.observe import build, observe
 from fuse_pass.testing.program import load
 
-_MORE_DATA = 5
+_SETS_OF_DATA = (6, 24)
 _ENOUGH = 2
 _FLOAT64_TO_FLOAT32 = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
@@ -166,17 +167,22 @@ def _with_more_data(
     contenders: Contenders, run: Callable[[int], Runs], found: list[Difference]
 ) -> tuple[list[Difference], Status]:
     """The differences that remain when eager's error is the largest of several runs."""
-    seeds = [contenders.seed + 101 * i for i in range(1, _MORE_DATA + 1)]
-    triples = [(run(seed), contenders.eager(seed), contenders.exact(seed)) for seed in (contenders.seed, *seeds)]
+    for count in _SETS_OF_DATA:
+        remaining = _in_sets_of_data(contenders, run, count)
+        sets = Counter(key for some in remaining for key in {_in_any_round(difference) for difference in some})
+        wrong = [difference for some in remaining for difference in some if sets[_in_any_round(difference)] >= _ENOUGH]
+        if not wrong:
+            return found, Status.NOISE if sets else Status.RIGHT
+    return wrong, Status.WRONG
+
+
+def _in_sets_of_data(contenders: Contenders, run: Callable[[int], Runs], count: int) -> list[list[Difference]]:
+    seeds = [contenders.seed + 101 * i for i in range(count)]
+    triples = [(run(seed), contenders.eager(seed), contenders.exact(seed)) for seed in seeds]
     noise = noise_of((eager, exact) for _, eager, exact in triples)
     for name, value in noise_of(_in_float32(contenders, seeds)).items():
         noise[name] = max(noise[name], value * _FLOAT64_TO_FLOAT32)
-    remaining = [list(differences(*triple, noise)) for triple in triples]
-    sets = Counter(key for some in remaining for key in {_in_any_round(difference) for difference in some})
-    wrong = [difference for some in remaining for difference in some if sets[_in_any_round(difference)] >= _ENOUGH]
-    if wrong:
-        return wrong, Status.WRONG
-    return found, Status.NOISE if sets else Status.RIGHT
+    return [list(differences(*triple, noise)) for triple in triples]
 
 
 def _in_float32(contenders: Contenders, seeds: Sequence[int]) -> Iterator[tuple[Runs, Runs]]:

@@ -66,6 +66,8 @@ def noise_of(pairs: Iterable[tuple[Runs, Runs]]) -> dict[str, float]:
         for name, _, value, truth in _values(eager, eager, exact):
             if not truth.is_floating_point():
                 continue
+            finite = torch.isfinite(value) & torch.isfinite(truth)
+            value, truth = value[finite], truth[finite]
             largest = truth.abs().max().item() if truth.numel() else 0.0
             relative = error(value, truth) / largest if largest else 0.0
             noise[_in_any_round(name)] = max(noise.get(_in_any_round(name), 0.0), relative)

@@ -101,6 +101,13 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         Settings(seed=3, dtype="float64", training=False),
         1,
     ),
+    "a transposed norm of no rows": (
+        True,
+        ("z = F.dropout(x0[:0]) + x0[:0]", "y = self.norm(z.transpose(0, 1)).transpose(0, 1)"),
+        "y",
+        Settings(),
+        1,
+    ),
     "constant rows": (
         True,
         ("z = x0 * 0 + 0.2", "y = self.norm(z + z)"),
