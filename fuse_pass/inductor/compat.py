@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 __all__ = [
+    "STORED_ONCE",
     "disable_current_modes",
     "draws_stock_random_numbers",
     "has_fast_cpu_dtype",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 
+STORED_ONCE = torch.ops.prims.inductor_force_stride_order.default
+
+
 def register_decomposition(op: torch._ops.OpOverload, body: Callable[..., Any]) -> None:
     """Makes `op` transparent to Inductor: it sees the aten calls of `body` instead of an opaque call."""
     decomposition.register_decomposition([op])(body)
@@ -51,8 +55,13 @@ def inductor_seed(device: torch.device) -> torch.Tensor:
 
 
 def stored_once(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself; Inductor computes it in one kernel, and all who read it load it instead of computing it again."""
-    stored: torch.Tensor = torch.ops.prims.inductor_force_stride_order(x, x.stride())
+    """`x` itself; Inductor computes it in one kernel, and all who read it load it instead of computing it again.
+
+    If x is an input of the graph, or becomes one by simplification, the result is that input, and AOTAutograd does not
+    know it: kept for backward, it would be taken as memory to write to. So either x is computed for certain, or the
+    result must be recomputed in backward (`partition`).
+    """
+    stored: torch.Tensor = STORED_ONCE(x, x.stride())
     return stored
 
 

@@ -17,10 +17,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fuse_pass.inductor import compat
+
 NAMESPACE = "fuse_pass"
 MEMORY = ("fastest", "balanced", "smallest")
 # Forward ops whose elementwise part is recomputed whole. Of the other ops only the random mask is.
 _RECOMPUTED_OPS = ("dense_act_dense", "act_dense", "gated_dense")
+# Ops that keep what they store once; what others store may be an input of the graph.
+_STORES_WHAT_IT_KEEPS = ("dropout_norm",)
 _MASK_DTYPES = (torch.bool, torch.int32)
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
@@ -71,6 +75,8 @@ def _is_recomputable(node: Node, memory: str) -> bool:
         return False
     if value.dtype in _MASK_DTYPES:
         return value.dim() > 0  # the seed itself is saved: a second draw would be another mask
+    if node.target is compat.STORED_ONCE and origin not in _STORES_WHAT_IT_KEEPS:
+        return True
     if origin not in _RECOMPUTED_OPS or memory == "fastest":
         return False
     return torch.Tag.pointwise in node.target.tags or (memory == "smallest" and _is_hidden_product(node, origin))

@@ -138,8 +138,6 @@ def _tail_backward(
     need_h, need_weight2, need_bias2, need_act_weight = output_mask
     grad, h2d = rows_of(grad_y), rows_of(h)
     grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
-    if need_bias2:
-        grad_bias2 = grad.sum(0)
     if need_weight2:
         a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
         grad_weight2 = weight_gradient(grad, a, weight2)
@@ -151,6 +149,8 @@ def _tail_backward(
         if need_act_weight:
             assert act_weight is not None
             grad_act_weight = _prelu_weight_grad(grad_a, seen, act_weight)
+    if need_bias2:  # last, in the kernel of what follows the product; before it, it would be one of its own
+        grad_bias2 = grad.sum(0)
     return grad_h, grad_weight2, grad_bias2, grad_act_weight
 
 

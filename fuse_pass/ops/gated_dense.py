@@ -13,6 +13,8 @@ empty tensor. `gated_dense_inference` returns y.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,11 +119,7 @@ def _backward(
     grad, rows = rows_of(grad_y), rows_of(x)
     grads = placeholders(h, 7)
     gate_value, up_value = _gate_and_up(h, up, gate_second, hidden_format)  # quantisation is straight through
-    if need_weight2:
-        a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format)
-        grads[5] = weight_gradient(grad, a, weight2)
-    if need_bias2:
-        grads[6] = grad.sum(0)
+    projections: list[tuple[Tensor, Tensor]] = []
     if any(need_first):
         row = ACTIVATIONS[activation]
         grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
@@ -129,29 +127,24 @@ def _backward(
         grad_up = grad_a * row.forward(gate_value, act_arguments, None)
         if weight_up is None:
             halves = [grad_up, grad_gate] if gate_second else [grad_gate, grad_up]
-            grads[:3] = _first_grads(torch.cat(halves, -1), rows, weight1, need_first[:3], grads[:3])
+            projections = [(torch.cat(halves, -1), weight1)]
         else:
-            need_x, *need_gate, need_weight_up, need_bias_up = need_first
-            grads[:3] = _first_grads(grad_gate, rows, weight1, [need_x, *need_gate], grads[:3])
-            of_up = _first_grads(grad_up, rows, weight_up, [need_x, need_weight_up, need_bias_up], grads[2:5])
-            grads[3:5] = of_up[1:]
-            if need_x:
-                grads[0] = grads[0] + of_up[0]
-        if need_first[0]:
-            grads[0] = grads[0].view(x.shape)
+            projections = [(grad_gate, weight1), (grad_up, weight_up)]
+    # Before any product that can wait: Inductor compiles all that stands between two products as one kernel.
+    for place, (grad_hidden, _) in zip((2, 4), projections, strict=False):
+        if need_first[place]:
+            grads[place] = grad_hidden.sum(0)
+    if need_bias2:
+        grads[6] = grad.sum(0)
+    if need_weight2:
+        a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format)
+        grads[5] = weight_gradient(grad, a, weight2)
+    for place, (grad_hidden, weight) in zip((1, 3), projections, strict=False):
+        if need_first[place]:
+            grads[place] = weight_gradient(grad_hidden, rows, weight)
+    if need_first[0]:
+        grads[0] = functools.reduce(operator.add, (product(g, weight.t()) for g, weight in projections)).view(x.shape)
     return tuple(grads)
-
-
-def _first_grads(
-    grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool], otherwise: Sequence[Tensor]
-) -> list[Tensor]:
-    """Gradients of the input, the weight and the bias of one projection."""
-    need_x, need_weight, need_bias = needed
-    return [
-        product(grad, weight.t()) if need_x else otherwise[0],
-        weight_gradient(grad, rows, weight) if need_weight else otherwise[1],
-        grad.sum(0) if need_bias else otherwise[2],
-    ]
 
 
 def _fake(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuse_pass import fuse_backend
+from fuse_pass import FuseBackend, fuse_backend
 from fuse_pass.inductor import compat, gemm
 from fuse_pass.ops.dense import product
 from tests.precision import assert_as_exact_as_eager
@@ -151,3 +151,13 @@ def test_where_they_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gemm.sums_pay(torch.device("cuda"), torch.float32, sizes, column_major=False)
     monkeypatch.setattr(compat, "has_vector_loops", lambda: False)
     assert not gemm.sums_pay(CPU, torch.float32, sizes, column_major=False)
+
+
+@pytest.mark.parametrize("memory", ["fastest", "balanced", "smallest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_leaves_the_input_as_it_was(dtype: torch.dtype, memory: str) -> None:
+    """Kept for backward as a value of its own, what is stored once would be memory that backward may write to."""
+    model, x = block(dtype), torch.randn(2, DIM).to(dtype).requires_grad_()
+    before = [tensor.detach().clone() for tensor in (x, *model.parameters())]
+    torch.compile(model, backend=FuseBackend(memory=memory))(x).float().square().sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip((x, *model.parameters()), before, strict=True))

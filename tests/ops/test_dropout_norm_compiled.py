@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
+from fuse_pass import fuse_backend
 from fuse_pass.ops import rng
 from fuse_pass.patterns.dropout_norm import reference
 from tests.ops.gradients import run, wide
@@ -76,3 +78,19 @@ def test_all_steps_on_a_row_share_one_loop(norm: str) -> None:
     for code in codes:
         outer_loops = [line for line in code.splitlines() if "for(int64_t x0=" in line and f"({rows}L)" in line]
         assert len(outer_loops) == 1, outer_loops
+
+
+@pytest.mark.parametrize("x_is_zero", [True, False])
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_backward_leaves_the_residual_as_it_was(p: float, x_is_zero: bool) -> None:
+    """With nothing left of x, the sum is the residual itself once Inductor has simplified it."""
+
+    def function(x: Tensor, residual: Tensor) -> Tensor:
+        x = torch.zeros_like(x) if x_is_zero else x
+        y: Tensor = F.layer_norm(F.dropout(x, p) + residual, (24,))
+        return y
+
+    x, residual = torch.randn(6, 24, requires_grad=True), torch.randn(6, 24, requires_grad=True)
+    before = residual.detach().clone()
+    torch.compile(function, backend=fuse_backend)(x, residual).square().sum().backward()
+    assert torch.equal(residual, before)
