@@ -100,7 +100,7 @@ def _transformer(name: str, build: Callable[[], Example]) -> tuple[Row, ...]:
 
 def _few_tokens() -> Iterator[Row]:
     """So many layers that every call reads its weights from memory anew."""
-    for tokens, (dtype, name), prepack in itertools.product((8, 64), _NAMES.items(), (False, True)):
+    for tokens, (dtype, name), prepack in itertools.product((1, 8, 64), _NAMES.items(), (False, True)):
 
         def build(tokens: int = tokens, dtype: torch.dtype = dtype) -> Example:
             bert = reference_models().load("bert")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,28 +25,28 @@ Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 def stock(level: str) -> Backend:
     """`torch.compile` without fuse_pass."""
-    compiler: Any = _traced if level == "aot" else compat.inductor_compiler(None, None)
-    return lambda gm, inputs: compiler(masks.use_in(gm), inputs)
+    compiler: Any = aot_eager if level == "aot" else compat.inductor_compiler(None, None)
+    return lambda gm, inputs: _traced(compiler, masks.use_in(gm), inputs)
 
 
 def fused(level: str) -> Backend:
     """`torch.compile` with fuse_pass; a failing pass raises."""
     backend = FuseBackend(strict=True)
     if level == "inductor":
-        return backend
+        return functools.partial(_traced, backend)
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         rewritten, report = backend.rewrite(gm, own_random_numbers=not compat.draws_stock_random_numbers({}))
         publish(report)
-        return _traced(masks.use_in(rewritten), inputs)
+        return _traced(aot_eager, masks.use_in(rewritten), inputs)
 
     return compile_graph
 
 
-def _traced(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """AOTAutograd alone; a function of several steps that is one call in the graph takes our masks too."""
+def _traced(compiler: Backend, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A function of several steps that is one call in the graph takes our masks too."""
     with masks.in_eager():
-        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+        return compiler(gm, list(inputs))
 
 
 @contextlib.contextmanager
