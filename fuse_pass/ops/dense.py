@@ -48,7 +48,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, prepack: bool =
         bias: of any strides.
         prepack: b is a weight that stays as it is from call to call.
     """
-    if prepack and prepacking_pays(b):
+    if prepack and prepacking_pays(b, a.shape[0]):
         return _prepacked(a, b, bias, None, ())
     if _sums_pay(a, b):
         return _sums(a, b, bias)
@@ -93,15 +93,19 @@ def product_with_activation(
 ) -> Tensor:
     """`activation(product(a, b, bias))`, in one call where a library offers that and it pays."""
     row = ACTIVATIONS[activation]
-    if prepack and row.post_op is not None and prepacking_pays(b):
+    if prepack and row.post_op is not None and prepacking_pays(b, a.shape[0]):
         return _prepacked(a, b, bias, row.post_op, arguments)
     if row.post_op is not None and not _sums_pay(a, b) and _provider(a, b, with_activation=True) == gemm.ONEDNN:
         return _product(a, b, bias, gemm.ONEDNN, row.post_op, arguments)
     return row.forward(product(a, b, bias, prepack=prepack), tuple(arguments), weight)
 
 
-def prepacking_pays(weight: Tensor) -> bool:
-    """Whether a product with a `[n, k]` weight is faster by a copy that is packed once."""
+def prepacking_pays(weight: Tensor, rows: int | torch.SymInt) -> bool:
+    """Whether a product of so many rows with a `[n, k]` weight is faster by a copy that is packed once."""
+    # A single row, which reads the weight once and does little with it, is faster as sums over the weight as it is.
+    is_single = isinstance(rows, int) and rows == 1
+    if is_single and gemm.sums_pay(weight.device, weight.dtype, (rows, *weight.shape), column_major=False):
+        return False
     return gemm.prepacking_pays(weight.device, weight.dtype, [compat.size_hint(size) for size in weight.shape])
 
 

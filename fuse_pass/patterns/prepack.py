@@ -12,6 +12,7 @@ higher-order op that is left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -59,7 +60,7 @@ def _may_be_kept(view: GraphView, weight: Node, y: torch.Tensor) -> bool:
         and value.dtype is y.dtype
         and value.is_contiguous()
         and view.last_write(value) is None
-        and prepacking_pays(value)
+        and prepacking_pays(value, math.prod(y.shape[:-1]))
     )
 
 

@@ -43,7 +43,7 @@ def fused(level: str) -> Backend:
     return compile_graph
 
 
-def _traced(compiler: Backend, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _traced(compiler: Callable[..., Callable[..., Any]], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A function of several steps that is one call in the graph takes our masks too."""
     with masks.in_eager():
         return compiler(gm, list(inputs))

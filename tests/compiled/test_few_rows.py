@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_pass import FuseBackend, fuse_backend
 from fuse_pass.inductor import compat, gemm
-from fuse_pass.ops.dense import product
+from fuse_pass.ops.dense import prepacking_pays, product
 from tests.precision import assert_as_exact_as_eager
 
 DIM, HIDDEN = 136, 200  # no multiples of a vector
@@ -161,3 +161,10 @@ def test_backward_leaves_the_input_as_it_was(dtype: torch.dtype, memory: str) ->
     before = [tensor.detach().clone() for tensor in (x, *model.parameters())]
     torch.compile(model, backend=FuseBackend(memory=memory))(x).float().square().sum().backward()
     assert all(torch.equal(a, b) for a, b in zip((x, *model.parameters()), before, strict=True))
+
+
+@needs_vectors
+def test_a_single_row_needs_no_packed_weights() -> None:
+    weight = torch.empty(1024, 1024)
+    assert not prepacking_pays(weight, 1)
+    assert prepacking_pays(weight, 2) == gemm.prepacking_pays(CPU, torch.float32, (1024, 1024))

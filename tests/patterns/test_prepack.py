@@ -25,7 +25,7 @@ ops = torch.ops.fuse_pass
 @pytest.fixture(autouse=True)
 def every_weight_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (products, prepack):
-        monkeypatch.setattr(module, "prepacking_pays", lambda weight: True)
+        monkeypatch.setattr(module, "prepacking_pays", lambda weight, rows: True)
 
 
 def found(model: Callable[..., Any], *inputs: Tensor, grad: bool = False, **options: Any) -> Captured:
