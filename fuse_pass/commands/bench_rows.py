@@ -101,6 +101,8 @@ def _transformer(name: str, build: Callable[[], Example]) -> tuple[Row, ...]:
 def _few_tokens() -> Iterator[Row]:
     """So many layers that every call reads its weights from memory anew."""
     for tokens, (dtype, name), prepack in itertools.product((1, 8, 64), _NAMES.items(), (False, True)):
+        if tokens == 1 and prepack:  # a single row is never prepacked
+            continue
 
         def build(tokens: int = tokens, dtype: torch.dtype = dtype) -> Example:
             bert = reference_models().load("bert")
