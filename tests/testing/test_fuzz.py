@@ -80,7 +80,8 @@ def test_the_text_of_every_program_can_be_loaded() -> None:
 @planted_and_near
 def test_the_text_of_every_program_is_python(near_misses: bool) -> None:
     for seed in range(4000):
-        compile(generate(seed, near_misses=near_misses).text(), f"seed {seed}", "exec")
+        text = generate(seed, near_misses=near_misses).text()
+        assert "Model" in compile(text, f"seed {seed}", "exec").co_names
 
 
 def wrong_program() -> tuple[Program, Verdict]:
