@@ -65,6 +65,15 @@ def test_strides(make: Any) -> None:
     assert_as_exact_as_eager(y, model(x), copy.deepcopy(model).double()(x.double()))
 
 
+@pytest.mark.parametrize("features", [(DIM, 0), (0, DIM)], ids=str)
+def test_no_features(features: tuple[int, int]) -> None:
+    d_in, d_out = features
+    weight, bias, x = torch.randn(d_out, d_in), torch.randn(d_out), torch.randn(1, d_in)
+    with torch.no_grad():
+        y = torch.compile(F.linear, backend=fuse_backend)(x, weight, bias)
+    assert torch.equal(y, F.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 def test_special_values_pass_through(special: float) -> None:
     model, x = block(), torch.randn(2, DIM)
