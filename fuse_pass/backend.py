@@ -20,6 +20,7 @@ from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks
 from fuse_pass.inductor.cache_key import cache_key
+from fuse_pass.inductor.masked_softmax import MaskedSoftmax
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
 from fuse_pass.ops.dropout_masks import OwnMasks
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant, prepack
@@ -125,12 +126,10 @@ class FuseBackend:
         publish(report)
         compiler = compat.inductor_compiler(mode, inductor_options)
         if _calls_our_ops(fused):
-            inner = compat.joint_passes(inductor_options)
-            if own_random_numbers:
-                inner = (*inner, OwnMasks())
+            masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
                 cache_key(configured.options),
-                inner,
+                (*compat.joint_passes(inductor_options), *masks),
                 memory=configured.memory,
                 guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )

@@ -60,13 +60,18 @@ class RecomputeTags(CustomGraphPass):
             run(graph)
         for node in graph.nodes:
             if "recompute" not in node.meta and _is_recomputable(node, self._memory):
-                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                node.meta["ac_graph_id"] = 0
+                recompute_in_backward(node)
 
     def uuid(self) -> Any:
         inner = [run.uuid() if isinstance(run, CustomGraphPass) else None for run in self._inner]
         # Inductor takes None as "do not cache": right for a pass of the user that has no identity.
         return None if None in inner else (self._key, self._memory, self.guarded_inputs, *inner)
+
+
+def recompute_in_backward(node: Node) -> None:
+    """Never kept: min-cut computes it again."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = 0
 
 
 def _is_recomputable(node: Node, memory: str) -> bool:

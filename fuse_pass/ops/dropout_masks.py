@@ -21,8 +21,8 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 from torch.fx import Graph, Node
-from torch.utils.checkpoint import CheckpointPolicy
 
+from fuse_pass.inductor.partition import recompute_in_backward
 from fuse_pass.ops import rng
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -50,8 +50,7 @@ def _recompute(node: Node) -> None:
     """A stored mask costs more than a new one; 0-d tensors come from the seed, which is kept."""
     value = node.meta.get("val")
     if isinstance(value, Tensor) and value.dim() > 0:
-        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        node.meta["ac_graph_id"] = 0
+        recompute_in_backward(node)
 
 
 def _is_dropout_on_cpu(match: Match) -> bool:
