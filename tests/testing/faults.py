@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor import decomposition
 
 from fuse_pass.ops import dense_act_dense as dense
 from fuse_pass.ops import dropout_norm as norm
@@ -66,9 +67,12 @@ class Fault:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
                 library.impl(self.op, faulty, "CompositeExplicitAutograd", allow_override=True)
-            yield
+            with mock.patch.dict(decomposition.decompositions, {op: faulty}):  # what Inductor makes of the op
+                decomposition.fast_random_decomps.cache_clear()
+                yield
         finally:
             library._destroy()
+            decomposition.fast_random_decomps.cache_clear()
 
 
 def with_argument(name: str, new: Callable[[Any], Any]) -> Change:
