@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.formats import Format
 from fuse_pass.graph.canonical import Operations
-from fuse_pass.graph.edit import copy_graph_module, hoist_scalars, require_same_outputs
+from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks
 from fuse_pass.inductor.cache_key import cache_key
@@ -135,6 +135,7 @@ class FuseBackend:
             )
         return compiler(fused, example_inputs)  # type: ignore[no-any-return]
 
+    @collector_paused()
     def rewrite(self, gm: GraphModule, *, own_random_numbers: bool = True) -> tuple[GraphModule, Report]:
         """Applies the patterns to a copy of a Dynamo graph, sub-graphs included.
 

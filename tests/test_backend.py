@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 from collections.abc import Callable
@@ -236,6 +237,33 @@ def test_no_more_graphs_or_breaks_than_stock() -> None:
 @pytest.mark.slow
 def test_no_more_graphs_or_breaks_than_inductor() -> None:
     assert compiles_and_breaks(fuse_backend) == compiles_and_breaks("inductor")
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("failing", [True, False])
+def test_garbage_collector_rests_while_a_graph_is_rewritten(
+    on: bool, failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (graph,) = capture(Mlp(), torch.randn(3, 6)).originals
+    seen: list[bool] = []
+
+    def same_outputs(before: Any, after: Any) -> None:
+        seen.append(gc.isenabled())
+        if failing:
+            raise RuntimeError("nonsense")
+
+    monkeypatch.setattr(backend, "require_same_outputs", same_outputs)
+    (gc.enable if on else gc.disable)()
+    try:
+        if failing:
+            with pytest.raises(RuntimeError, match="nonsense"):
+                FuseBackend(strict=True).rewrite(graph)
+        else:
+            FuseBackend(strict=True).rewrite(graph)
+        assert gc.isenabled() == on
+    finally:
+        gc.enable()
+    assert set(seen) == {False}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

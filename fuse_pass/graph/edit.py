@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -48,6 +49,21 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
         if isinstance(child, GraphModule) and hasattr(copy, name):
             setattr(copy, name, copy_graph_module(child))
     return copy
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """While a graph is rewritten Python's garbage collector is off, unless it was before.
+
+    Nodes refer to each other: the collector would walk all of a large graph again and again and free nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def hoist_scalars(graph: Graph) -> None:
