@@ -50,8 +50,8 @@ class Row:
         return self.autocast or self.dtype
 
 
-def _mode(train: bool) -> str:
-    return "train" if train else "infer"
+def _mode(train: bool, prepack: bool = False) -> str:
+    return "train" if train else "infer" + "+prepack" * prepack
 
 
 def _dropout_norm(prefix: str, rows: int, dim: int, dtype: torch.dtype, train: bool) -> Row:
@@ -65,11 +65,13 @@ def _dropout_norm(prefix: str, rows: int, dim: int, dtype: torch.dtype, train: b
     return Row(f"{prefix}/{_NAMES[dtype]}/{_mode(train)}", build, train, dtype, passes=passes)
 
 
-def _dense_act_dense(prefix: str, rows: int, dim: int, hidden: int, dtype: torch.dtype, train: bool) -> Row:
+def _dense_act_dense(
+    prefix: str, rows: int, dim: int, hidden: int, dtype: torch.dtype, train: bool, *, prepack: bool = False
+) -> Row:
     def build() -> Example:
         return Example(mlp(dim, hidden).to(dtype), (torch.randn(rows, dim, dtype=dtype, requires_grad=train),))
 
-    return Row(f"{prefix}/{_NAMES[dtype]}/{_mode(train)}", build, train, dtype)
+    return Row(f"{prefix}/{_NAMES[dtype]}/{_mode(train, prepack)}", build, train, dtype, prepack=prepack)
 
 
 def bert() -> Example:
@@ -109,7 +111,7 @@ def _few_tokens() -> Iterator[Row]:
             config = dataclasses.replace(bert.BertConfig.base(), layers=6, positions=tokens + 2)
             return Example(BertEncoder(bert.build(config)).to(dtype), bert.example_inputs(config, 1))
 
-        mode = "infer+prepack" if prepack else "infer"
+        mode = _mode(train=False, prepack=prepack)
         yield Row(f"few/{tokens}/{name}/{mode}", build, train=False, dtype=dtype, is_reference=True, prepack=prepack)
 
 
@@ -126,12 +128,13 @@ def _reference(name: str, batch: int, prefix: str) -> tuple[Row, ...]:
 
 def _operations() -> tuple[Row, ...]:
     kinds = [(dtype, train) for dtype in _NAMES for train in (False, True)]
+    blocks = [(dtype, *mode) for dtype in _NAMES for mode in ((False, False), (False, True), (True, False))]
     return (
         *(_dropout_norm(f"dropout_norm/{rows}x768", rows, 768, *kind) for rows in (2048, 8192) for kind in kinds),
         *(
-            _dense_act_dense(f"dense_act_dense/{rows}x768x3072", rows, 768, 3072, *kind)
+            _dense_act_dense(f"dense_act_dense/{rows}x768x3072", rows, 768, 3072, dtype, train, prepack=prepack)
             for rows in (512, 4096)
-            for kind in kinds
+            for dtype, train, prepack in blocks
         ),
     )
 

@@ -47,7 +47,7 @@ def test_rows_by_name_glob_and_group(capsys: pytest.CaptureFixture[str]) -> None
     assert listed(capsys, "bert/*", "numbers/training/*") == [
         "bert/fp32/infer", "bert/fp32/train", "bert/bf16-autocast/train", "numbers/training/bert/fp8_e4m3",
     ]  # fmt: skip
-    assert len(listed(capsys, "ops")) == 16
+    assert len(listed(capsys, "ops")) == 20
     assert len(listed(capsys, "models")) == 24
     default = listed(capsys)
     assert set(default) < set(everything)
