@@ -1,0 +1,87 @@
+"""The judge: what counts as wrong when numbers, and other things, differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuse_pass.testing import levels
+from fuse_pass.testing.compare import Status, judge
+from fuse_pass.testing.differences import Runs
+from fuse_pass.testing.observe import Round
+
+USUAL, LARGEST = 1e-6, 1e-4
+
+
+def called(output: float, *, gradient: bool = False) -> Runs:
+    """One call that returned a number, and left a gradient for its input or did not."""
+    grads: dict[str, Tensor | None] = {"input 0": torch.zeros(1) if gradient else None}
+    outputs = (torch.tensor([output], dtype=torch.float64).float(),)
+    return [Round(outputs, grads, (), (True,), {}, frozenset(), draws=False, moves_generator=False)]
+
+
+@dataclass
+class Numbers:
+    """Contenders of which each has an error; eager's is larger for some data.
+
+    Attributes:
+        ours: the error of what fuse_pass compiles.
+        stock: of what torch.compile compiles.
+        gradients: which of the two leave a gradient that eager does not.
+    """
+
+    ours: float
+    stock: float = 0.0
+    gradients: tuple[str, ...] = ()
+    level: str = "aot"
+    seed: int = 0
+    compiled_as: list[str] = field(default_factory=list)
+
+    def compiled(self, backend: levels.Backend) -> Callable[[int], Runs]:
+        # The two take turns, ours first.
+        name = ("ours", "stock")[len(self.compiled_as) % 2]
+        self.compiled_as.append(name)
+        return lambda seed: called(1 + getattr(self, name), gradient=name in self.gradients)
+
+    def eager(self, seed: int) -> Runs:
+        return called(1 + (LARGEST if seed % 5 == 2 else USUAL))
+
+    def exact(self, seed: int) -> Runs:
+        return called(1.0)
+
+    def in_float32(self, seed: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("contenders", "status"),
+    [
+        pytest.param(Numbers(0.0), Status.RIGHT, id="right"),
+        pytest.param(Numbers(USUAL), Status.RIGHT, id="as eager"),
+        pytest.param(Numbers(5 * USUAL), Status.RIGHT, id="less than eager for other data"),
+        pytest.param(Numbers(5 * LARGEST), Status.WRONG, id="more than eager for any data"),
+        pytest.param(Numbers(5 * LARGEST, 5 * LARGEST), Status.AS_STOCK, id="as torch.compile"),
+        pytest.param(Numbers(0.0, gradients=("ours",)), Status.WRONG, id="a gradient too many"),
+        pytest.param(Numbers(0.0, gradients=("ours", "stock")), Status.AS_STOCK, id="as in torch.compile"),
+        pytest.param(Numbers(5 * USUAL, gradients=("ours",)), Status.WRONG, id="an error of eager's and a gradient"),
+        pytest.param(
+            Numbers(5 * USUAL, gradients=("ours", "stock")), Status.RIGHT, id="eager's error beside stock's gradient"
+        ),
+        pytest.param(
+            Numbers(5 * LARGEST, gradients=("ours", "stock")), Status.WRONG, id="too large beside stock's gradient"
+        ),
+    ],
+)
+def test_verdict(contenders: Numbers, status: Status) -> None:
+    verdict = judge(contenders)
+    assert verdict.status is status, str(verdict)
+    assert bool(verdict.differences) == (status is not Status.RIGHT or contenders.ours > 2 * USUAL)
+
+
+def test_what_stock_shows_is_not_listed() -> None:
+    verdict = judge(Numbers(5 * LARGEST, gradients=("ours", "stock")))
+    assert {difference.aspect for difference in verdict.differences} == {"value"}
