@@ -73,6 +73,35 @@ def test_rows_without_keys_are_found_by_their_maximum() -> None:
     assert same(result(scores, mask), expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((0, HEADS, QUERIES, KEYS), torch.float32), ((BATCH, HEADS, 0, KEYS), torch.float32), (None, torch.float64)],
+    ids=["no batch", "no queries", "float64"],
+)
+def test_other_sizes_and_types(shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+    scores, mask = scores_and_mask()
+    if shape is not None:
+        scores, mask = scores.new_empty(shape), mask.new_empty((shape[0], 1, *shape[2:]))
+    scores = scores.to(dtype)
+    gm = captured(masked, scores, mask)
+    expected = gm(scores, mask)
+    result = rewritten(gm)
+    assert count(result, aten.any.dim) == 0
+    assert same(result(scores, mask), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_take_the_maximum_of_something_wider(dtype: torch.dtype) -> None:
+    """Their softmax is computed in float32: the maximum is not that of the scores themselves, so `any` stays."""
+    scores, mask = scores_and_mask()
+    scores = scores.to(dtype)
+    gm = captured(lambda s, m: aten._safe_softmax(s + torch.where(m, 0.0, -math.inf).to(dtype), -1), scores, mask)
+    expected = gm(scores, mask)
+    result = rewritten(gm)
+    assert count(result, aten.any.dim) == 1
+    assert same(result(scores, mask), expected)
+
+
 def test_mask_is_stored_once() -> None:
     scores, mask = scores_and_mask()
     gm = captured(masked, scores, mask)
