@@ -127,8 +127,10 @@ class Editor:
             *nodes: whose values are its arguments.
             pre_dispatch: record what PyTorch is called with, before autocast and autograd look at it.
         """
+        # With no table at all, torch 2.14 writes `detach` as `alias`, through which gradients flow.
+        record = make_fx(function, decomposition_table={}, pre_dispatch=pre_dispatch)
         with self._surroundings():
-            traced = make_fx(function, pre_dispatch=pre_dispatch)(*(node.meta["example_value"] for node in nodes))
+            traced = record(*(node.meta["example_value"] for node in nodes))
         for node in traced.graph.nodes:
             node.meta["example_value"] = node.meta.get("val")
         return traced.graph

@@ -211,3 +211,23 @@ def test_fake_values_follow_the_autocast_region() -> None:
     with editor.at([product], [product]):
         inside = editor.call(F.linear, product.args[0], product.args[0])
     assert inside.meta["example_value"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_what_is_detached_stays_detached(pre_dispatch: bool) -> None:
+    """torch 2.14 may record `detach` as `alias`, whose gradient is that of what it is an alias of."""
+    module = copy_graph_module(graph_of(torch.sin, X))
+    view = GraphView(module.graph)
+    old, editor = result_of(view), Editor(view)
+    with editor.before(old):
+        (x,) = old.all_input_nodes
+        traced = editor.trace(lambda x: x + x.detach() * 2, x, pre_dispatch=pre_dispatch)
+        old.replace_all_uses_with(editor.inline(traced, x))
+    calls = [node.target for node in traced.nodes if node.op == "call_function"]
+    assert torch.ops.aten.detach.default in calls
+    assert torch.ops.aten.alias.default not in calls
+    module.graph.lint()
+    module.recompile()
+    x = torch.ones(3, 5, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x)[0].sum(), x)
+    assert torch.equal(grad, torch.ones_like(x)), "and not 3"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fuse_pass
-from fuse_pass import FuseBackend, QuantSpec, Reason, Site, convert, fake_quantize, fuse_backend
+from fuse_pass import FuseBackend, Granularity, QuantSpec, Reason, Site, convert, fake_quantize, fuse_backend
 from tests.capture import Captured, capture
 
 
@@ -289,3 +289,30 @@ def test_bodies_of_checkpoints_and_frozen_weights() -> None:
     converted(x).sum().backward()
     assert model[0].weight.grad is None
     torch.testing.assert_close(model[2].weight.grad, converted[2].weight.grad)
+
+
+# Every kind of format and every way in which a scale is found.
+KINDS: dict[str, Any] = {
+    "float": "fp8_e4m3",
+    "fixed point": "fixed7_8",
+    "block": "mxfp8",
+    "block of integers": "mxint8",
+    "integer": "int8",
+    "asymmetric integer": "int4_asymmetric",
+    "scaled float": QuantSpec(*[Site("fp8_e4m3", scale="dynamic")] * 3),
+    "clipped": QuantSpec(*[Site("int4", clip_grad=True)] * 2),
+    "grouped": QuantSpec(*[Site("int4", granularity=Granularity("group", size=4))] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradients_of_convert(kind: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8, bias=False)), torch.randn(5, 8, requires_grad=True)
+    found = quantised(model, x, spec=KINDS[kind])
+    assert found.report.counts()["fake_quant"] == 2
+    converted = convert(model, KINDS[kind], inplace=True)
+    weights = torch.linspace(-1, 1, 40).view(5, 8)
+    outputs = found.output, converted(x)
+    mine, theirs = (torch.autograd.grad(y, (x, *model.parameters()), weights) for y in outputs)
+    assert torch.equal(*outputs)
+    assert all(map(torch.equal, mine, theirs))
