@@ -67,19 +67,12 @@ class FuseBackend:
         prepack: bool = False,
         strict: bool = False,
     ) -> None:
-        if isinstance(patterns, str):
-            raise TypeError(
-                f"patterns: expected a collection of names such as [{patterns!r}], got the string {patterns!r}"
-            )
         for name, value in (("prepack", prepack), ("strict", strict)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected a bool, got {value!r}")
         if memory not in MEMORY:
             raise ValueError(f"unknown setting {memory!r} of memory; valid are {', '.join(MEMORY)}")
-        names = tuple(_PATTERNS_BY_NAME) if patterns is None else tuple(patterns)
-        for name in names:
-            if name not in _PATTERNS_BY_NAME:
-                raise ValueError(f"unknown pattern {name!r}; valid names are {', '.join(_PATTERNS_BY_NAME)}")
+        names = tuple(_PATTERNS_BY_NAME) if patterns is None else _names(patterns)
         self.patterns = tuple(name for name in _PATTERNS_BY_NAME if name in names)
         self.strict = strict
         self.memory = memory
@@ -205,8 +198,33 @@ def _require_stateless(spec: QuantSpec) -> None:
             )
 
 
+def _names(patterns: Any) -> tuple[str, ...]:
+    """The names of patterns; ValueError where one is unknown, TypeError where they are no collection of names."""
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns: expected a collection of names such as [{patterns!r}], got the string {patterns!r}")
+    if isinstance(patterns, (bytes, bytearray)) or not isinstance(patterns, Iterable):
+        raise TypeError(f"patterns: expected a collection of names such as ['{dense.PATTERN.name}'], got {patterns!r}")
+    names = tuple(patterns)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"patterns: expected names such as '{dense.PATTERN.name}', got {name!r}")
+        if name not in _PATTERNS_BY_NAME:
+            raise ValueError(f"unknown pattern {name!r}; valid names are {', '.join(_PATTERNS_BY_NAME)}")
+    return names
+
+
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separates our options from Inductor's; an option that neither knows raises ValueError."""
+    """Separates our options from Inductor's.
+
+    Raises:
+        ValueError: an option that neither knows.
+        TypeError: `options` is no mapping, or one of its names is no string.
+    """
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options: expected a mapping from names to values, got {options!r}")
+    for name in options:
+        if not isinstance(name, str):
+            raise TypeError(f"options: expected names such as 'max_autotune', got {name!r}")
     ours = list(inspect.signature(FuseBackend).parameters)
     own = {name: value for name, value in options.items() if name in ours}
     rest = {name: value for name, value in options.items() if name not in ours}
@@ -268,3 +286,5 @@ def _bodies(
 
 fuse_backend = FuseBackend()
 register_backend(fuse_backend, name="fuse_pass_backend")
+if not compat.is_known_backend("fuse_pass"):  # no entry point has brought us here: an import, or a source tree
+    register_backend(fuse_backend, name="fuse_pass")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -50,8 +51,8 @@ def compile(
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
 
     Raises:
-        ValueError: an unknown pattern name, option or setting of `memory`.
-        TypeError: `backend` is given, or an argument that `torch.compile` does not know.
+        ValueError: an unknown pattern name, option, `mode` or setting of `memory`; both `mode` and `options`.
+        TypeError: `backend` is given, an argument that `torch.compile` does not know, or one of a wrong type.
     """
     if "backend" in torch_compile_kwargs:
         raise TypeError(
@@ -59,7 +60,7 @@ def compile(
             "for another one call torch.compile"
         )
     backend = FuseBackend(patterns, quantize=quantize, memory=memory, prepack=prepack, strict=strict)
-    split_options(torch_compile_kwargs.get("options") or {})
+    _require_valid(torch_compile_kwargs)
     if model is None:
         own: dict[str, Any] = {
             "patterns": patterns,
@@ -75,6 +76,19 @@ def compile(
     if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
         compiled.forward = _without_fast_path(compiled.forward)
     return compiled
+
+
+def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:
+    """What `torch.compile` would find out later: for a decorator where it is applied, for options at the first call."""
+    inspect.signature(torch.compile).bind_partial(**torch_compile_kwargs)
+    mode, options = (torch_compile_kwargs.get(name) for name in ("mode", "options"))
+    if mode is not None and options is not None:
+        raise ValueError(f"expected mode or options, got both: mode={mode!r}, options={options!r}")
+    if options is not None:
+        split_options(options)
+    modes = ("default", *torch._inductor.list_mode_options())
+    if mode is not None and mode not in modes:
+        raise ValueError(f"unknown mode {mode!r}; valid are {', '.join(modes)}")
 
 
 def _with_opaque_layers_quantised(model: nn.Module, spec: QuantSpec) -> nn.Module:

@@ -54,6 +54,10 @@ def test_equality_and_hash_follow_the_configuration() -> None:
     [
         ({"patterns": ["dense_gelu"]}, ValueError, "unknown pattern 'dense_gelu'; valid names are gated_dense, dense"),
         ({"patterns": "dropout_norm"}, TypeError, "collection of names"),
+        ({"patterns": 5}, TypeError, r"expected a collection of names such as \['dense'\], got 5"),
+        ({"patterns": b"dense"}, TypeError, r"expected a collection of names such as \['dense'\], got b'dense'"),
+        ({"patterns": [3]}, TypeError, "patterns: expected names such as 'dense', got 3"),
+        ({"patterns": ["dense", ["dense"]]}, TypeError, r"patterns: expected names such as 'dense', got \['dense'\]"),
         ({"strict": 1}, TypeError, "strict: expected a bool, got 1"),
         ({"prepack": "yes"}, TypeError, "prepack: expected a bool, got 'yes'"),
         ({"memory": "least"}, ValueError, "unknown setting 'least' of memory; valid are fastest, balanced, smallest"),
@@ -88,6 +92,10 @@ def test_options_are_separated() -> None:
         ValueError, match=r"unknown option 'max_autotone': fuse_pass knows patterns, quantize, memory, prepack, strict"
     ):
         backend.split_options({"max_autotone": True})
+    with pytest.raises(TypeError, match="options: expected names such as 'max_autotune', got 5"):
+        backend.split_options({5: 1})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="options: expected a mapping from names to values, got 5"):
+        backend.split_options(5)  # type: ignore[arg-type]
 
 
 def test_options_reach_inductor_and_us() -> None:

@@ -24,13 +24,19 @@ def encoder() -> nn.TransformerEncoder:
         ({"backend": "inductor"}, TypeError, "takes no `backend`"),
         ({"colour": 1}, TypeError, "colour"),
         ({"strict": None}, TypeError, "strict: expected a bool"),
+        ({"patterns": 5}, TypeError, "patterns: expected a collection of names"),
+        ({"options": {5: 1}}, TypeError, "options: expected names such as 'max_autotune', got 5"),
+        ({"mode": "foo"}, ValueError, "unknown mode 'foo'; valid are default, .*max-autotune"),
+        ({"mode": 3}, ValueError, "unknown mode 3"),
+        ({"mode": "default", "options": {"strict": True}}, ValueError, "expected mode or options, got both"),
     ],
 )
+@pytest.mark.parametrize("is_decorator", [False, True])
 def test_mistakes_are_reported_before_anything_runs(
-    arguments: dict[str, Any], error: type[Exception], message: str
+    arguments: dict[str, Any], error: type[Exception], message: str, is_decorator: bool
 ) -> None:
     with pytest.raises(error, match=message):
-        fuse_pass.compile(encoder(), **arguments)
+        fuse_pass.compile(None if is_decorator else encoder(), **arguments)
 
 
 def test_fast_path_is_off_while_the_compiled_model_runs_and_only_then() -> None:

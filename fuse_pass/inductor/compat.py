@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
+from torch._dynamo.backends import registry
 from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
 from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -27,6 +28,7 @@ __all__ = [
     "is_compiling",
     "is_given",
     "is_inductor_option",
+    "is_known_backend",
     "joint_passes",
     "never_merge",
     "onednn_linear",
@@ -120,6 +122,11 @@ def size_hint(size: int | torch.SymInt) -> int | None:
 
 def is_inductor_option(name: str) -> bool:
     return name.replace("-", "_") in inductor_config.get_config_copy()
+
+
+def is_known_backend(name: str) -> bool:
+    """Whether `torch.compile` has this name by now, from an entry point or a registration; looks for no more."""
+    return name in registry._BACKENDS
 
 
 def is_given(name: str, options: Mapping[str, Any]) -> bool:

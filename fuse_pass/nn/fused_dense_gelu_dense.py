@@ -8,9 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.nn.int8_linear import Int8Linear, checked_threshold
+from fuse_pass.nn.int8_linear import Int8Linear
 from fuse_pass.nn.plain import are_plain, is_untouched, records_gradient
 from fuse_pass.ops.dense_act_dense import dense_act_dense, dense_act_dense_inference
+from fuse_pass.ops.llm_int8 import checked_threshold
 
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -34,6 +35,7 @@ class FusedDenseGELUDense(nn.Module):
 
     Raises:
         ValueError: `approximate` is neither `"none"` nor `"tanh"`, or `threshold` is negative or NaN.
+        TypeError: `threshold` is no number.
     """
 
     def __init__(

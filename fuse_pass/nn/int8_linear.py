@@ -7,14 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.ops.llm_int8 import QMAX, llm_int8_linear, quantize_rows
-
-
-def checked_threshold(threshold: float) -> float:
-    """The threshold itself; ValueError if it is negative or NaN."""
-    if not threshold >= 0:
-        raise ValueError(f"threshold: expected a number ≥ 0, got {threshold!r}")
-    return threshold
+from fuse_pass.ops.llm_int8 import QMAX, checked_threshold, llm_int8_linear, quantize_rows
 
 
 class Int8Linear(nn.Linear):

@@ -46,6 +46,15 @@ MAX_EXACT_FLOAT32 = 2**24 // 2**14
 MAX_EXACT_INT32 = (2**31 - 1) // 2**14
 
 
+def checked_threshold(threshold: float) -> float:
+    """The threshold itself; TypeError if it is no number, ValueError if it is negative or NaN."""
+    if not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold: expected a number ≥ 0, got {threshold!r}")
+    if not threshold >= 0:
+        raise ValueError(f"threshold: expected a number ≥ 0, got {threshold!r}")
+    return threshold
+
+
 def llm_int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -70,8 +79,11 @@ def llm_int8_linear(
 
     Raises:
         RuntimeError: what `torch.nn.functional.linear` raises for such an x.
-        ValueError: an int8 weight without `scale` or the reverse, or `d_in` above 131071 (the int32 sum may overflow).
+        ValueError: an int8 weight without `scale` or the reverse; `d_in` above 131071 (the int32 sum may overflow); a
+            threshold that is negative or NaN.
+        TypeError: a threshold that is no number.
     """
+    checked_threshold(threshold)
     if (weight.dtype is torch.int8) != (scale is not None):
         raise ValueError(
             f"llm_int8_linear: expected an int8 weight with its scale or a floating-point weight without one, got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from fuse_pass.nn import FusedDenseGELUDense
+from fuse_pass.nn.int8_linear import Int8Linear
 from fuse_pass.ops.llm_int8 import llm_int8_linear, quantize_rows
 
 DIM, HIDDEN, ROWS = 16, 40, 6
@@ -144,8 +146,26 @@ def test_threshold_can_be_changed() -> None:
     assert layer.dense1.threshold == layer.dense2.threshold == layer.threshold == 1.0
     assert torch.equal(layer(x), expected(x))
     assert not torch.equal(layer(x), without)
-    with pytest.raises(ValueError, match="threshold"):
-        layer.threshold = -1.0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "error"),
+    [(-1.0, ValueError), (-math.inf, ValueError), (math.nan, ValueError), ("6", TypeError), (None, TypeError)],
+)
+def test_thresholds_that_make_no_sense(threshold: Any, error: type[Exception]) -> None:
+    weight, layer, part = torch.randn(4, 3), layer_of(), Int8Linear(3, 4)
+    part.threshold = threshold
+    for give in (
+        lambda: layer_of(threshold),
+        lambda: setattr(layer, "threshold", threshold),
+        lambda: Int8Linear(3, 4, threshold=threshold),
+        lambda: Int8Linear.from_float(nn.Linear(3, 4), threshold),
+        lambda: Int8Linear.quantized(nn.Linear(3, 4), threshold),
+        lambda: llm_int8_linear(torch.randn(2, 3), weight, threshold=threshold),
+        lambda: part(torch.randn(2, 3)),
+    ):
+        with pytest.raises(error, match="threshold: expected a number ≥ 0, got"):
+            give()
 
 
 @pytest.mark.parametrize("change", ["hook on act", "hook on dense2", "another activation", "pruning", "spectral norm"])
