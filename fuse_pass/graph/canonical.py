@@ -91,6 +91,9 @@ def _glu(input: Any, dim: Any = -1) -> None: ...
 def _variadic(input: Any, *arguments: Any, **options: Any) -> None: ...
 
 
+# `W.T`, `W.mT`, `W.H`, `W.mH`: `getattr` in a graph of Dynamo, from torch 2.14 on these packets.
+_MATRIX_ATTRIBUTES = (aten.numpy_T, aten.mT, aten.matrix_H, aten.mH)
+
 _TABLE: tuple[_Row, ...] = (
     ("linear", _linear, (F.linear, aten.linear.default)),
     ("addmm", _addmm, (torch.addmm, "addmm", aten.addmm.default)),
@@ -105,7 +108,7 @@ _TABLE: tuple[_Row, ...] = (
         _conv,
         (torch.conv1d, torch.conv2d, torch.conv3d, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     ),
-    ("matrix_transpose", _unary, (torch.t, "t", aten.t.default)),
+    ("matrix_transpose", _unary, (torch.t, "t", aten.t.default, *_MATRIX_ATTRIBUTES)),
     ("transpose", _transpose, (torch.transpose, "transpose", torch.swapaxes, "swapaxes", aten.transpose.int)),
     ("permute", _variadic, (torch.permute, "permute", aten.permute.default)),
     ("roll", _roll, (torch.roll, "roll", aten.roll.default)),
@@ -247,6 +250,8 @@ def canonical(node: Node) -> Op | None:
     if row is None:
         return None
     kind, signature = row
+    if target is getattr and node.args[1:] in (("T",), ("mT",), ("H",), ("mH",)):
+        return Op("matrix_transpose", node, {"input": node.args[0]})
     options = {name: value for name, value in node.kwargs.items() if name != "out" or value is not None}
     if "out" in options:
         return None
@@ -278,16 +283,14 @@ def _name(signature: inspect.Signature, name: str) -> str:
 
 
 def is_weight_transpose(op: Op | None) -> bool:
-    """Whether the operation swaps the two dimensions of a matrix: `W.t()`, `W.T`, `W.mT`, `W.transpose(0, 1)`, …"""
+    """Whether the operation swaps the two dimensions of a real matrix: `W.t()`, `W.T`, `W.transpose(0, 1)`, …"""
     if op is None:
         return False
     value = op["input"].meta.get("example_value") if isinstance(op["input"], Node) else None
-    if not isinstance(value, torch.Tensor) or value.dim() != 2:
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.is_complex():
         return False
     if op.kind == "matrix_transpose":
         return True
-    if op.kind == "getattr":
-        return op["other"] in ("T", "mT")
     if op.kind == "transpose":
         return {op["dim0"] % 2, op["dim1"] % 2} == {0, 1} if _are_ints(op["dim0"], op["dim1"]) else False
     if op.kind == "permute":

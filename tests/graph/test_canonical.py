@@ -13,6 +13,7 @@ from torch.fx import Graph
 from fuse_pass.graph.canonical import Op, Operations, canonical, is_weight_transpose
 from tests.graph.dynamo import result_of, view_of
 
+aten = torch.ops.aten
 X, Y, W = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5, 5)
 
 
@@ -133,6 +134,8 @@ def test_operations_are_read_once_until_the_arguments_change() -> None:
         (lambda w: w.t(), True),
         (lambda w: w.T, True),
         (lambda w: w.mT, True),
+        (lambda w: w.H, True),
+        (lambda w: w.mH, True),
         (lambda w: w.transpose(0, 1), True),
         (lambda w: w.transpose(-1, -2), True),
         (lambda w: torch.swapaxes(w, 1, 0), True),
@@ -149,3 +152,25 @@ def test_weight_transposes(function: Any, expected: bool) -> None:
     product = result_of(view_of(lambda w: function(w) * 2, torch.randn(5, 3)))
     assert is_weight_transpose(canonical(product.all_input_nodes[0])) is expected
     assert is_weight_transpose(None) is False
+
+
+@pytest.mark.parametrize("name", ["T", "mT", "H", "mH"])
+def test_an_attribute_that_transposes_is_one_operation_in_every_torch(name: str) -> None:
+    """Dynamo writes `getattr` up to torch 2.13, and `aten.numpy_T`, `aten.mT`, `aten.matrix_H`, `aten.mH` after it."""
+    product = result_of(view_of(lambda w: getattr(w, name) * 2, W))
+    op = canonical(product.all_input_nodes[0])
+    assert op is not None
+    assert (op.kind, list(op.arguments)) == ("matrix_transpose", ["input"])
+    graph = Graph()
+    w = graph.placeholder("w")
+    packet = {"T": aten.numpy_T, "mT": aten.mT, "H": aten.matrix_H, "mH": aten.mH}[name]
+    for node in (graph.call_function(getattr, (w, name)), graph.call_function(packet, (w,))):
+        op = canonical(node)
+        assert op is not None
+        assert (op.kind, op["input"]) == ("matrix_transpose", w)
+
+
+@pytest.mark.parametrize("name", ["H", "mH"])
+def test_a_conjugate_transpose_is_no_transpose(name: str) -> None:
+    product = result_of(view_of(lambda w: getattr(w, name) * 2, torch.randn(5, 3, dtype=torch.complex64)))
+    assert is_weight_transpose(canonical(product.all_input_nodes[0])) is False
