@@ -16,6 +16,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from fuse_pass.graph.places import nodes_to_move, place_for
 from fuse_pass.graph.shapes import is_plain, same_shape, same_strides, size_hint, value_of
 from fuse_pass.graph.view import GraphView
 
@@ -95,12 +96,20 @@ class Editor:
         return node
 
     @contextlib.contextmanager
-    def at(self, outputs: Sequence[Node], group: Iterable[Node]) -> Iterator[None]:
-        """Inserts before the first outside reader of any output, at the latest where the group ends."""
+    def at(self, outputs: Sequence[Node], group: Iterable[Node], inputs: Iterable[Node | None] = ()) -> Iterator[None]:
+        """Inserts before the first outside reader of any output, at the latest where the group ends.
+
+        What `inputs` compute too late is moved before it, as `graph.safety` has found that it may be.
+        """
         members = set(group)
         last = max(members, key=self._view.position.__getitem__)
         # Calls that earlier replacements have added count as readers; nodes compare by their place in the graph.
         point = min([last, *(user for node in outputs for user in node.users if user not in members)])
+        point = place_for(self._view, point, last)
+        for late in [node for node in map(self.current, inputs) if node is not None and not node < point]:
+            for node in nodes_to_move(self._view, late, point, members) or ():
+                point.prepend(node)
+                self._view.position[node] = self._view.position[point]
         self._like = last
         with self._graph.inserting_before(point):
             yield

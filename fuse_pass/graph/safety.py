@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fuse_pass.graph.fresh_memory import is_seen_by_none_of
+from fuse_pass.graph.unseen_writes import is_seen_by_none_of
+from fuse_pass.graph.places import nodes_to_move, place_for, run_in_one_mode
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.report import Reason
@@ -86,8 +87,16 @@ def _circular(group: list[Node], tensors: list[Node]) -> Problem | None:
 
 def _crossing(view: GraphView, group: list[Node]) -> Problem | None:
     members = set(group)
+    in_one_mode: bool | None = None
     for node, reason in view.barriers_between(group[0], group[-1]):
-        if node not in members and not is_seen_by_none_of(view, node, members):
+        if node in members:
+            continue
+        if reason is Reason.MUTATION:
+            harmless = is_seen_by_none_of(view, node, members)
+        else:  # a region that has closed again does not matter to those outside
+            in_one_mode = run_in_one_mode(view, group) if in_one_mode is None else in_one_mode
+            harmless = in_one_mode
+        if not harmless:
             return Problem(reason, f"{node.name} lies between {group[0].name} and {group[-1].name}", node)
     return None
 
@@ -139,11 +148,12 @@ def _functorch(view: GraphView, group: list[Node]) -> Problem | None:
 
 def _order(view: GraphView, group: list[Node], outputs: Sequence[Node], inputs: list[Node]) -> Problem | None:
     """An extra output may be read before the last node of the group; everything must be known by then."""
-    position = view.position
-    first_reader = min(
-        (position[user] for node in outputs for user in node.users if user not in set(group)), default=None
-    )
+    members = set(group)
+    readers = [user for node in outputs for user in node.users if user not in members]
+    if not readers:
+        return None
+    point = place_for(view, min(readers, key=view.position.__getitem__), group[-1])
     for node in inputs:
-        if first_reader is not None and position[node] >= first_reader:
+        if view.position[node] >= view.position[point] and nodes_to_move(view, node, point, members) is None:
             return Problem(Reason.ORDER, f"{node.name} is computed after an output of the group is already read", node)
     return None

@@ -46,6 +46,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Modes:
+    """What is switched on at a place of a graph.
+
+    Attributes:
+        autocast: arguments of the open autocast regions, outermost first.
+        inference: the calls that opened the inference-mode regions.
+        grad: whether gradients are recorded; None before the first switch of a graph, where it does not say.
+    """
+
+    autocast: tuple[tuple[Any, ...], ...] = ()
+    inference: tuple[Node, ...] = ()
+    grad: bool | None = None
+
+
+@dataclass(frozen=True)
 class Walk:
     """The result of walking up through nodes that do not change values: `node` is where it ended."""
 
@@ -247,22 +262,40 @@ class GraphView:
 
     def autocast_stack(self, node: Node) -> list[tuple[Any, ...]]:
         """Arguments of the autocast regions that are open at a node, outermost first."""
-        switches, stacks = self._autocast_stacks
-        open_here = stacks[bisect.bisect_right(switches, self.position[node])]
-        return [*self._autocast, *(enter.args for enter in open_here)]
+        return [*self.modes_at(node).autocast]
+
+    def modes_at(self, node: Node) -> Modes:
+        """The modes in which a node is called; those before it, where it is a switch itself."""
+        switches, modes = self._modes
+        return modes[bisect.bisect_left(switches, self.position[node])]
+
+    def is_switch(self, node: Node) -> bool:
+        """Whether a node switches autocast, grad mode or inference mode."""
+        switches, place = self._modes[0], self.position.get(node, -1)
+        i = bisect.bisect_left(switches, place)
+        return i < len(switches) and self.nodes[switches[i]] is node
 
     @cached_property
-    def _autocast_stacks(self) -> tuple[list[int], list[list[Node]]]:
-        """The switches' positions, and what is open before the first and after each."""
-        switches, stacks = [], [list[Node]()]
+    def _modes(self) -> tuple[list[int], list[Modes]]:
+        """The switches' positions, and the modes before the first and after each."""
+        switches, modes = [], [Modes(tuple(self._autocast))]
+        autocast: list[Node] = []
+        inference: list[Node] = []
+        grad = None
         for i, (node, reason) in zip(*self._barriers, strict=True):
-            if reason is Reason.AUTOCAST:
-                switches.append(i)
-                if node.target is torch.amp.autocast_mode._enter_autocast:
-                    stacks.append([*stacks[-1], node])
-                else:
-                    stacks.append([enter for enter in stacks[-1] if enter is not node.args[0]])
-        return switches, stacks
+            if reason is Reason.MUTATION:
+                continue
+            if node.target in _GRAD_SWITCHES:
+                grad = node.args[0] if node.args and isinstance(node.args[0], bool) else None
+            else:
+                is_open = inference if reason is Reason.GRAD_MODE else autocast
+                if closed := [enter for enter in is_open if enter in node.args]:
+                    is_open[:] = [enter for enter in is_open if enter not in closed]
+                elif node.target is not torch.amp.autocast_mode._exit_autocast:
+                    is_open.append(node)
+            switches.append(i)
+            modes.append(Modes((*self._autocast, *(enter.args for enter in autocast)), tuple(inference), grad))
+        return switches, modes
 
 
 # Operations that may return their input or a view of it.

@@ -8,7 +8,7 @@ quantisation of what the norm reads happens inside. The norm may be written out.
 
 Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies
 inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are
-computed after the sum is already read; a view changes the normalised dimensions; the quantisation rounds at random or
+computed after the sum is already read, by more than arithmetic with one parameter; a view changes the normalised dimensions; the quantisation rounds at random or
 by a scale; a norm that is written out has no eps, an unbiased variance or half-precision statistics; a tensor is a
 subclass or on another device; the user wants eager's random numbers.
 """
@@ -89,6 +89,16 @@ def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tupl
     return stream, F.layer_norm(stream, (24,), w, b)
 
 
+def _weight_computed_late(keep: Any) -> Any:
+    """Zero-centred weights, `1 + w`, behind a node that keeps the value of the sum and reads it before."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = keep(F.dropout(x, 0.25) + r)
+        return F.layer_norm(z, (24,), 1.0 + w.to(z.dtype), b) + z
+
+    return function
+
+
 def _written_out(norm: Any) -> Any:
     return lambda x, r, w, b: norm(F.dropout(x, 0.25) + r, w, b)
 
@@ -119,6 +129,9 @@ SPELLINGS: dict[str, Any] = {
     "reshaped": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).view(-1, 24), (24,), w, b),
     "reshaped and read again": _reshaped_and_read_again,
     "cast": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).double(), (24,)),
+    "weight computed behind a cast": _weight_computed_late(lambda z: z.to(z.dtype)),
+    "weight computed behind an inactive dropout": _weight_computed_late(lambda z: F.dropout(z, 0.0)),
+    "weight computed behind a view": _weight_computed_late(lambda z: z.contiguous().reshape(-1, 24)),
     **{name: _written_out(norm) for name, norm in WRITTEN_OUT.items()},
 }
 
@@ -309,7 +322,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     # A norm that is written out does its own casts: autocast, which knows the name of a norm only, must not add one.
     is_plain = y_value.dtype is z_value.dtype and (not constants["written_out"] or z_value.dtype.itemsize > 2)
     norm_dtype = None if is_plain else y_value.dtype
-    with editor.at(candidate.outputs, candidate.nodes):
+    with editor.at(candidate.outputs, candidate.nodes, inputs.values()):
         if residual is not None and not _same_shape_as(residual, z):
             residual = editor.call("expand_as", residual, x)
         seed = editor.call_ours(torch.ops.fuse_pass.seed.default, z_value.device) if constants["drops"] else None

@@ -1,4 +1,4 @@
-"""Which writes nobody but the readers of fresh memory can see."""
+"""Which writes a group of nodes cannot see, because they share no memory with it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from fuse_pass.graph.fresh_memory import is_seen_by_none_of
+from fuse_pass.graph.unseen_writes import is_seen_by_none_of
 from fuse_pass.graph.view import GraphView
 from tests.graph.dynamo import view_of
 
@@ -49,6 +50,64 @@ def test_a_reader_of_the_mask_sees_it() -> None:
     assert not is_seen_by_none_of(view, node(view, "div_"), {node(view, operator.mul)})
 
 
+def returned(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    y.add_(1)
+    return torch.cos(torch.sin(x)), y
+
+
+def running_average(x: Tensor) -> Tensor:
+    average = torch.zeros(5)
+    with torch.no_grad():
+        average.copy_(average.lerp(x.mean(0), 0.1))
+    return torch.cos(torch.sin(x)) * average
+
+
+def spectral_norm(x: Tensor) -> Tensor:
+    u = torch.zeros(5)
+    F.normalize(x[0], dim=0, out=u)
+    return torch.cos(torch.sin(x)) * u
+
+
+def batch_statistics(x: Tensor) -> Tensor:
+    mean, variance = torch.zeros(5), torch.ones(5)
+    return torch.cos(torch.sin(x)) * F.batch_norm(x, mean, variance, training=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "write"),
+    [
+        (returned, "add_"),
+        (running_average, "copy_"),
+        (spectral_norm, F.normalize),
+        (batch_statistics, F.batch_norm),
+    ],
+)
+def test_other_tensors(function: Callable[..., Any], write: Any) -> None:
+    view = view_of(function, X)
+    assert is_seen_by_none_of(view, node(view, write), {node(view, torch.sin), node(view, torch.cos)})
+
+
+def test_arguments_of_one_storage_share_memory() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        y.mul_(2)
+        return torch.cos(torch.sin(x))
+
+    both = torch.randn(8)
+    view = view_of(function, both[:5], both[3:])
+    assert not is_seen_by_none_of(view, node(view, "mul_"), {node(view, torch.sin), node(view, torch.cos)})
+
+
+def test_statistics_given_by_name_are_not_told_apart() -> None:
+    def function(x: Tensor) -> Tensor:
+        mean, variance = torch.zeros(5), torch.ones(5)
+        y = F.batch_norm(x, mean, running_var=variance, training=True)
+        return torch.cos(torch.sin(variance)) * y
+
+    view = view_of(function, X)
+    assert not is_seen_by_none_of(view, node(view, F.batch_norm), {node(view, torch.sin), node(view, torch.cos)})
+
+
 def of_the_argument(x: Tensor) -> Tensor:
     x.mul_(2)
     return torch.cos(torch.sin(x))
@@ -73,12 +132,6 @@ def read_by_way_of_a_view(x: Tensor) -> Tensor:
     return torch.cos(torch.sin(z))
 
 
-def returned(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = x * 2
-    y.add_(1)
-    return torch.cos(torch.sin(x)), y
-
-
 def written_by_an_operator(x: Tensor) -> Tensor:
     y = x * 2
     y.add_(1)
@@ -88,7 +141,7 @@ def written_by_an_operator(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [of_the_argument, of_a_view, read_by_the_group, read_by_way_of_a_view, returned, written_by_an_operator],
+    [of_the_argument, of_a_view, read_by_the_group, read_by_way_of_a_view, written_by_an_operator],
 )
 def test_other_writes_may_be_seen(function: Callable[..., Any]) -> None:
     view = view_of(function, X.clone())
