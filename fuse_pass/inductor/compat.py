@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that fuse_pass relies on, checked against torch 2.11, 2.12 and 2.13."""
+"""Every private name of PyTorch that fuse_pass relies on, checked against torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
