@@ -1,19 +1,38 @@
-# Each target sets up its own virtual environment on a fresh machine; nothing outside this folder is touched.
+# Each target sets up its own virtual environment on a fresh machine.
+#   PYTHON=python3.13  with that Python, in an environment beside the default one
+#   TORCH=2.15.0       with that version of torch, in a large environment outside this folder, which checkouts share
 PYTHON ?= python3
-VENV := .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifdef TORCH
+VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fuse_pass/torch-$(TORCH)-py$(VERSION)
+CONSTRAINTS := $(VENV)/constraints.txt
+# Only what the package needs stays installed there; the package itself is that of this folder.
+DETACH = && $(BIN)/python -m pip uninstall --quiet --yes fuse_pass
+else
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-py$(VERSION))
+CONSTRAINTS := constraints.txt
+endif
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# This folder's package, whatever else is installed.
+RUN := PYTHONPATH='$(CURDIR)' $(BIN)/python -m
 
-.PHONY: demo test slow lint bench readme clean
+.PHONY: demo test slow forms environment lint bench readme clean
 
 demo: $(VENV)/demo
-	$(BIN)/python -m fuse_pass demo
+	$(RUN) fuse_pass demo
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet
 
 slow: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet -m slow
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet -m slow
+
+# A minute: whether the graphs that PyTorch hands us are still what we take them for.
+forms: $(VENV)/test
+	OMP_NUM_THREADS=1 $(RUN) pytest --quiet tests/forms
+
+environment: $(VENV)/test
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -21,27 +40,32 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/demo
-	$(BIN)/python -m fuse_pass bench
+	$(RUN) fuse_pass bench
 
 # README.md shows the committed run: after `python -m fuse_pass bench all --json benchmarks.json`.
 readme: $(VENV)/demo
-	$(BIN)/python -m fuse_pass bench --from benchmarks.json --readme README.md
+	$(RUN) fuse_pass bench --from benchmarks.json --readme README.md
 
-$(VENV)/python: constraints.txt
+$(VENV)/constraints.txt:
+	mkdir -p $(VENV)
+	echo 'torch==$(TORCH)' > $@
+
+$(VENV)/python: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	@$(PIP) torch || \
+	    { echo 'Cannot install torch $(TORCH) for Python $(VERSION) here; pip says why above' >&2; exit 1; }
 	touch $@
 
 $(VENV)/demo: $(VENV)/python pyproject.toml
-	$(PIP) --editable '.[hf]'
+	$(PIP) --editable '.[hf]' $(DETACH)
 	touch $@
 
 $(VENV)/test: $(VENV)/python pyproject.toml
-	$(PIP) --editable '.[hf,test]'
+	$(PIP) --editable '.[hf,test]' $(DETACH)
 	touch $@
 
 $(VENV)/dev: $(VENV)/python pyproject.toml
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev]' $(DETACH)
 	touch $@
 
 clean:
