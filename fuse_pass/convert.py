@@ -14,6 +14,7 @@ from fuse_pass.formats import Format, IntFormat
 from fuse_pass.nn import FusedDenseGELUDense, Int8Linear
 from fuse_pass.nn.quantized import LAYER_FOR, QuantizedLayer
 from fuse_pass.nn.quantized.base import whole_weight
+from fuse_pass.nn.quantized.dropout import Dropping
 from fuse_pass.report import Decline, Match, Reason, Report, publish
 from fuse_pass.spec import QuantSpec, Site, spec_of
 
@@ -42,6 +43,10 @@ def convert(
     Parameters are the same objects in the old and the new layer, so tied weights stay tied and an optimizer keeps
     working with `inplace=True`; a module that is used in several places is replaced by one module. What was replaced
     and what was not, and why, goes to every open `fuse_pass.collect()`.
+
+    Dropout is replaced only where a mapping names its type: in evaluation it is the identity, and in training the
+    layers around it quantise. `FuseBackend(quantize=spec)` computes the same numbers for the layers that are replaced
+    here; its docstring says which, and what it reaches beside them.
 
     Args:
         model: any module; itself a layer, too.
@@ -120,6 +125,8 @@ def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> n
             detail = f"{type(module).__name__} has no quantised layer"
             return _declined(module, name, report, Reason.NO_QUANTIZED_LAYER, detail)
         return module
+    if issubclass(layer, Dropping) and not chosen.names_type_of(module):
+        return module
     spec = chosen.spec_for(module, name)
     if spec is None:
         return _declined(module, name, report, Reason.EXCLUDED, "the caller left it out")
@@ -180,6 +187,9 @@ class _Choice:
     def allows(self, name: str) -> bool:
         included = self._include is None or any(fnmatchcase(name, pattern) for pattern in self._include)
         return included and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
+
+    def names_type_of(self, module: nn.Module) -> bool:
+        return type(module) in self._by_type
 
     def spec_for(self, module: nn.Module, name: str) -> QuantSpec | None:
         if not self.allows(name):

@@ -56,6 +56,11 @@ class Site:
         return replace(self, granularity=Granularity("token")) if is_per_row else self
 
     @property
+    def is_idempotent(self) -> bool:
+        """Whether quantising twice is quantising once, bit for bit: not where a scale comes from the tensor."""
+        return self.scale is None and not isinstance(self.format, IntFormat)
+
+    @property
     def needs_scale(self) -> bool:
         """Whether forward can do nothing before a scale is set."""
         return self.scale in ("static", "learned")

@@ -8,6 +8,9 @@ Saved for backward are x, the pre-activation h and the seed; `act(h)` and the dr
 - `dense_act_dense` for training returns `(y, h)`;
 - `dense_act_dense_inference` returns y and may run the activation inside the first product;
 - `act_dense` is the second half alone, for chains in which a Linear ends one match and begins the next.
+
+With quantised operands, `hidden_format` rounds h before the activation, `result_format` what the activation gives, and
+`act_format` what the second product reads, after dropout; see `packed_format`.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 _TAIL_SCHEMA = (
     "Tensor weight2, Tensor? bias2, Tensor? act_weight, Tensor? seed, float p, str activation, float[] act_arguments, "
-    "int[] hidden_format=[], int[] act_format=[]"
+    "int[] hidden_format=[], int[] act_format=[], int[] result_format=[]"
 )
 _SCHEMA = f"(Tensor x, Tensor weight1, Tensor? bias1, {_TAIL_SCHEMA})"
 
@@ -56,10 +59,11 @@ def _activate(
     arguments: Any,
     hidden_format: Sequence[int],
     act_format: Sequence[int],
+    result_format: Sequence[int],
     quantize: Callable[[Tensor, Sequence[int]], Tensor] = quantize_packed,
 ) -> Tensor:
     a = ACTIVATIONS[activation].forward(quantize(h, hidden_format), arguments, act_weight)
-    return quantize(rng.dropout(a, seed, p), act_format)
+    return quantize(rng.dropout(quantize(a, result_format), seed, p), act_format)
 
 
 def _forward(
@@ -75,9 +79,10 @@ def _forward(
     act_arguments: list[float],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     h = product(rows_of(x), weight1, bias1)
-    a = _activate(h, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
+    a = _activate(h, act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
     y = product(a, weight2, bias2)
     return shaped_like_rows_of(x, y), h
 
@@ -95,13 +100,14 @@ def _forward_inference(
     act_arguments: list[float],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
     prepack: bool = False,
 ) -> Tensor:
     if hidden_format:  # something stands between the product and the activation
-        tail = (act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
+        tail = (act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
         return _forward(x, weight1, bias1, weight2, bias2, *tail)[0]
     a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight, prepack=prepack)
-    a = quantize_packed(rng.dropout(a, seed, p), act_format)
+    a = quantize_packed(rng.dropout(quantize_packed(a, result_format), seed, p), act_format)
     return shaped_like_rows_of(x, product(a, weight2, bias2, prepack=prepack))
 
 
@@ -116,8 +122,9 @@ def _tail_forward(
     act_arguments: list[float],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> Tensor:
-    a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
+    a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
     return shaped_like_rows_of(h, product(a, weight2, bias2))
 
 
@@ -133,13 +140,14 @@ def _tail_backward(
     output_mask: list[bool],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
     need_h, need_weight2, need_bias2, need_act_weight = output_mask
     grad, h2d = rows_of(grad_y), rows_of(h)
     grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
     if need_weight2:
-        a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format)
+        a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
         grad_weight2 = weight_gradient(grad, a, weight2)
     if need_h or need_act_weight:
         grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
@@ -175,12 +183,13 @@ def _backward(
     output_mask: list[bool],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
     need_x, need_weight1, need_bias1, need_weight2, need_bias2, need_act_weight = output_mask
     need_h = need_x or need_weight1 or need_bias1
     tail = (h, weight2, act_weight, seed, p, activation, act_arguments)
-    formats = (hidden_format, act_format)
+    formats = (hidden_format, act_format, result_format)
     grad_h, _, grad_bias2, grad_act_weight = _tail_backward(
         grad_y, *tail, [need_h, False, need_bias2, need_act_weight], *formats
     )
@@ -272,7 +281,8 @@ act_dense = define(
 dense_act_dense_backward = define(
     "dense_act_dense_backward",
     "(Tensor grad_y, Tensor x, Tensor weight1, Tensor weight2, Tensor h, Tensor? act_weight, Tensor? seed, float p, "
-    "str activation, float[] act_arguments, bool[6] output_mask, int[] hidden_format=[], int[] act_format=[]) -> "
+    "str activation, float[] act_arguments, bool[6] output_mask, int[] hidden_format=[], int[] act_format=[], "
+    "int[] result_format=[]) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -281,7 +291,7 @@ act_dense_backward = define(
     "act_dense_backward",
     "(Tensor grad_y, Tensor h, Tensor weight2, Tensor? act_weight, Tensor? seed, float p, str activation, "
     "float[] act_arguments, bool[4] output_mask, int[] hidden_format=[], "
-    "int[] act_format=[]) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int[] act_format=[], int[] result_format=[]) -> (Tensor, Tensor, Tensor, Tensor)",
     _tail_backward,
     _fake_tail_backward,
 )
@@ -343,11 +353,13 @@ def _tail_formula(
     act_arguments: list[float],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> Tensor:
     """`act_dense` in differentiable PyTorch, for second derivatives."""
     a = _activate(
-        rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, straight_through_packed
-    )
+        rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format,
+        straight_through_packed,
+    )  # fmt: skip
     return F.linear(a, weight2, bias2).view(output_shape(h, weight2))
 
 

@@ -9,6 +9,9 @@ or its second if `gate_second`.
 Saved for backward are x, the pre-activations and the seed; the activation, the product and the dropout mask are
 recomputed. `gated_dense` for training returns `(y, h, up)`: the values of both projections, or of the merged one and an
 empty tensor. `gated_dense_inference` returns y.
+
+With quantised operands, `hidden_format` rounds both projections, `result_format` what the activation gives, and
+`act_format` what the last product reads, after dropout; see `packed_format`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ _TENSORS = (
     "Tensor? seed"
 )
 _SETTINGS = (
-    "float p, str activation, float[] act_arguments, bool gate_second, int[] hidden_format=[], int[] act_format=[]"
+    "float p, str activation, float[] act_arguments, bool gate_second, int[] hidden_format=[], int[] act_format=[], "
+    "int[] result_format=[]"
 )
 
 
@@ -66,9 +70,10 @@ def _gated(
     activation: str,
     act_arguments: list[float],
     act_format: Sequence[int],
+    result_format: Sequence[int],
     quantize: _Quantize = quantize_packed,
 ) -> Tensor:
-    a = ACTIVATIONS[activation].forward(gate, act_arguments, None)
+    a = quantize(ACTIVATIONS[activation].forward(gate, act_arguments, None), result_format)
     return quantize(rng.dropout(a * up, seed, p), act_format)
 
 
@@ -87,12 +92,14 @@ def _forward(
     gate_second: bool,
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
     prepack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows_of(x)
     h = product(rows, weight1, bias1, prepack=prepack)
     up = None if weight_up is None else product(rows, weight_up, bias_up, prepack=prepack)
-    a = _gated(*_gate_and_up(h, up, gate_second, hidden_format), seed, p, activation, act_arguments, act_format)
+    halves = _gate_and_up(h, up, gate_second, hidden_format)
+    a = _gated(*halves, seed, p, activation, act_arguments, act_format, result_format)
     y = product(a, weight2, bias2, prepack=prepack)
     return shaped_like_rows_of(x, y), h, h.new_empty(0) if up is None else up
 
@@ -113,6 +120,7 @@ def _backward(
     output_mask: list[bool],
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight1, bias1, weight_up, bias_up, weight2 and bias2; empty where `output_mask` is False."""
     *need_first, need_weight2, need_bias2 = output_mask
@@ -124,7 +132,7 @@ def _backward(
         row = ACTIVATIONS[activation]
         grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
         grad_gate = row.backward(grad_a * up_value, gate_value, act_arguments, None)
-        grad_up = grad_a * row.forward(gate_value, act_arguments, None)
+        grad_up = grad_a * quantize_packed(row.forward(gate_value, act_arguments, None), result_format)
         if weight_up is None:
             halves = [grad_up, grad_gate] if gate_second else [grad_gate, grad_up]
             projections = [(torch.cat(halves, -1), weight1)]
@@ -137,7 +145,7 @@ def _backward(
     if need_bias2:
         grads[6] = grad.sum(0)
     if need_weight2:
-        a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format)
+        a = _gated(gate_value, up_value, seed, p, activation, act_arguments, act_format, result_format)
         grads[5] = weight_gradient(grad, a, weight2)
     for place, (grad_hidden, weight) in zip((1, 3), projections, strict=False):
         if need_first[place]:
@@ -174,7 +182,7 @@ gated_dense_backward = define(
     "gated_dense_backward",
     "(Tensor grad_y, Tensor x, Tensor weight1, Tensor? weight_up, Tensor weight2, Tensor h, Tensor? up, Tensor? seed, "
     "float p, str activation, float[] act_arguments, bool gate_second, bool[7] output_mask, "
-    "int[] hidden_format=[], int[] act_format=[]) -> "
+    "int[] hidden_format=[], int[] act_format=[], int[] result_format=[]) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -226,13 +234,14 @@ def _formula(
     gate_second: bool,
     hidden_format: Sequence[int] = (),
     act_format: Sequence[int] = (),
+    result_format: Sequence[int] = (),
 ) -> Tensor:
     """`gated_dense` in differentiable PyTorch, for second derivatives."""
     rows = rows_of(x)
     up = None if weight_up is None else F.linear(rows, weight_up, bias_up)
     h = F.linear(rows, weight1, bias1)
     halves = _gate_and_up(h, up, gate_second, hidden_format, straight_through_packed)
-    a = _gated(*halves, seed, p, activation, act_arguments, act_format, straight_through_packed)
+    a = _gated(*halves, seed, p, activation, act_arguments, act_format, result_format, straight_through_packed)
     return F.linear(a, weight2, bias2).view(output_shape(x, weight2))
 
 

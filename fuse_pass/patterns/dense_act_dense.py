@@ -35,6 +35,7 @@ from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_few_rows, cost_of_layout
 from fuse_pass.patterns.linear_chain import (
+    as_arguments,
     as_linear_weight,
     problem_of_bias,
     problem_of_casts,
@@ -180,6 +181,7 @@ def _ending_in(
     nodes: list[Node] = [*second.nodes, *upper.passed]
     act_format = through_quantisation(view, walks, nodes)
     p = through_dropout(view, walks, nodes)
+    result_format = through_quantisation(view, walks, nodes)  # of the activation itself, where dropout follows it
     activation = activation_at(view, walks[-1].node)
     if activation is None:
         return None, None
@@ -190,7 +192,7 @@ def _ending_in(
     if first is None or not (first.features == second.features or _is_flattened(first, second)):
         return None, activation
     in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
-    formats = (hidden_format, act_format)
+    formats = (hidden_format, act_format, result_format)
     return _candidate(view, first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
 
 
@@ -209,7 +211,7 @@ def _candidate(
     p: Any,
     walks: list[Walk],
     nodes: list[Node],
-    formats: tuple[list[int], list[int]],
+    formats: tuple[list[int], ...],
     *,
     in_chain: bool,
 ) -> Candidate:
@@ -324,7 +326,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             constants["p"] if constants["drops"] else 0.0,
             constants["activation"],
             list(constants["arguments"]),
-            *(constants["formats"] if any(constants["formats"]) else ()),
+            *as_arguments(constants["formats"]),
         )
         x = channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"]
         x = editor.call("flatten", x, 1) if constants["flattened"] else x

@@ -2,27 +2,35 @@
 
     y = output(op(input(x), weight(W), bias(b)))
 
-for Linear, convolutions, matrix products, attention, embeddings and normalisations, with the sites of a `QuantSpec`. A
-value that several operations read is quantised once, and what is already the quantised result of another operation is
-not quantised again (it would not change). Models for which both exist get the same bits from `convert` and from here.
+with the sites of a `QuantSpec`. What is quantised, here and by `convert`:
 
-Calls of attention are opened: `nn.MultiheadAttention` always, and `F.scaled_dot_product_attention` where results are
-quantised, since scores and probabilities are such.
+    operation                                      convert                  here
+    Linear, convolutions, embedding, norms         the layer                every call of the function, so the layer too
+    attention: products, scores, probabilities     nn.MultiheadAttention    that, and F.scaled_dot_product_attention
+                                                                            where results are quantised
+    other matrix products, einsum                  not                      every call
+    activations, softmax, pooling                  the layer                the layer; a function is left as it is
+    dropout                                        where its type is named  not
+    FusedDenseGELUDense, FusedDropoutLayerNorm     their parts              their parts
+    nn.RNN, nn.LSTM, nn.GRU                        the layer                declined; `fuse_pass.compile` swaps them
+    BitLinear, Int8Linear, Bilinear, EmbeddingBag  declined                 declined
+    additions, views, written-out arithmetic       not                      not
+
+A layer is a module of exactly the type; what a subclass calls counts as functions. For every layer that both quantise,
+outputs and gradients have the same bits. A value that several operations read is quantised once, and a quantised result
+is not quantised again where that would not change it: in the gradient of a value with several readers, this adds the
+same summands in another order. Random numbers of dropout and of stochastic rounding are drawn in another order, too.
 
 Declines when: a tensor is a subclass; an operation lies inside a functorch transform; a graph is the closed body of a
-higher-order op; the arithmetic is one opaque call, such as that of a recurrent layer (`fuse_pass.compile` swaps those
-for Quantized* layers, whose arithmetic is left as it is here).
+higher-order op; the arithmetic is one opaque call; an activation writes in place into a value that others read (it
+would write into the quantised copy).
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,78 +38,30 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fuse_pass.graph.safety import Problem
-from fuse_pass.graph.shapes import is_plain, value_of
+from fuse_pass.graph.shapes import is_plain, memory_of, value_of
 from fuse_pass.graph.view import GraphView, barrier
 from fuse_pass.ops.rounding import STOCHASTIC
 from fuse_pass.patterns.inserter import Inserter
 from fuse_pass.patterns.open_attention import open_dot_product, open_multi_head, problem_of_multi_head
+from fuse_pass.patterns.open_layers import LAYER_CALLS, open_layer, problem_of_layer
 from fuse_pass.patterns.pattern import Situation, module_path, source_line
+from fuse_pass.patterns.points import LAYERS, MULTI_HEAD, Point, point_of
 from fuse_pass.report import Decline, Match, Reason, Report
 from fuse_pass.spec import QuantSpec
 
 NAME = "fake_quant"
 
 
-@dataclass(frozen=True)
-class Point:
-    """An operation whose operands and result are quantised.
-
-    Attributes:
-        kind: its name in the report.
-        targets: what it looks like in a Dynamo graph; a string is a tensor method.
-        operands: position, keyword and site of each operand.
-    """
-
-    kind: str
-    targets: tuple[Callable[..., Any] | str, ...]
-    operands: tuple[tuple[int, str, str], ...]
-
-
-def _operands(*sites: str, at: int = 0) -> tuple[tuple[int, str, str], ...]:
-    """`input` first, then weight and bias from position `at` on."""
-    rest = tuple((at + i, site, site) for i, site in enumerate(sites[1:]))
-    return ((0, "input", sites[0]), *rest)
-
-
-_MULTI_HEAD = "multi-head attention"
-_MATRICES = (torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-_TRANSPOSED_F = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-POINTS: tuple[Point, ...] = (
-    Point("linear", (F.linear,), _operands("input", "weight", "bias", at=1)),
-    Point("conv", _CONVOLUTIONS, _operands("input", "weight", "bias", at=1)),
-    Point("conv_transpose", (*_TRANSPOSED, *_TRANSPOSED_F), _operands("input", "weight", "bias", at=1)),
-    Point("addmm", (torch.addmm, "addmm"), ((0, "input", "bias"), (1, "mat1", "input"), (2, "mat2", "weight"))),
-    Point("matmul", _MATRICES, ((0, "input", "input"), (1, "other", "input"))),
-    Point(
-        "sdpa",
-        (F.scaled_dot_product_attention,),
-        ((0, "query", "input"), (1, "key", "input"), (2, "value", "input")),
-    ),
-    Point(_MULTI_HEAD, (F.multi_head_attention_forward,), ()),
-    Point("einsum", (torch.einsum, torch.functional.einsum), ((1, "", "input"), (2, "", "input"))),
-    Point("embedding", (F.embedding, torch.embedding), ()),
-    Point("layer_norm", (F.layer_norm, torch.layer_norm), _operands("input", "weight", "bias", at=2)),
-    Point("rms_norm", (F.rms_norm, torch.rms_norm), _operands("input", "weight", at=2)),
-    Point("group_norm", (F.group_norm, torch.group_norm), _operands("input", "weight", "bias", at=2)),
-    Point("batch_norm", (F.batch_norm,), _operands("input", "weight", "bias", at=3)),
-    Point("instance_norm", (F.instance_norm,), _operands("input", "weight", "bias", at=3)),
-)
 # Layers whose arithmetic is out of reach inside one call.
 _OPAQUE = (
     torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd, torch.lstm, torch.gru, torch.rnn_tanh,
     torch.rnn_relu,
 )  # fmt: skip
+# Layers with weights that `convert` does not know either.
+_WITHOUT_LAYER = (F.bilinear, torch.bilinear, F.embedding_bag, torch.embedding_bag)
 
-
+_LAYER_KINDS = {point.kind for point in LAYERS.values()}
 _QUANTIZED_LAYERS = f'File "{Path(__file__).resolve().parents[1] / "nn" / "quantized"}{os.sep}'
-
-
-@functools.cache
-def _by_target() -> dict[Any, Point]:
-    return {target: point for point in POINTS for target in point.targets}
 
 
 def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
@@ -110,21 +70,34 @@ def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
     inserter = Inserter(view, spec)
     report = Report()
     for node in view.nodes:
-        point = None if _is_in_quantized_layer(node) else _point_of(node)
+        if _is_in_quantized_layer(node):
+            _forget(inserter, node)
+            continue
+        point = point_of(node)
         if point is not None:
+            parts = [(node, point)]
             problem = _problem(view, node, point, situation, spec)
-            if problem is None:
-                place, name = module_path(frozenset((node,))), node.name
-                report.matches.append(Match(NAME, point.kind, place, source_line(node), name))
-                _quantise(inserter, node, point)
-            else:
-                report.declines.append(_decline(node, problem))
-        elif node.op == "call_function" and node.target in _OPAQUE:
-            detail = f"{getattr(node.target, '__name__', node.target)} is one call; `fuse_pass.convert` opens it"
-            report.declines.append(_decline(node, Problem(Reason.OPAQUE, detail, node)))
-        if barrier(node) is not None:
-            inserter.forget()
+        elif node.target in LAYER_CALLS:
+            problem = _problem_of_place(view, node, situation, spec) or problem_of_layer(node)
+            parts = [] if problem is not None else open_layer(inserter, node)
+        else:
+            parts, problem = [], _problem_of_opaque(node)
+        if problem is not None:
+            report.declines.append(_decline(node, problem))
+            parts = []
+        for part, its_point in parts:
+            place = module_path(frozenset((part,)))
+            report.matches.append(Match(NAME, its_point.kind, place, source_line(part), part.name))
+            _quantise(inserter, part, its_point)
+        if not parts:
+            _forget(inserter, node)
     return report
+
+
+def _forget(inserter: Inserter, node: Node) -> None:
+    reason = barrier(node)
+    if reason is not None:
+        inserter.forget(node if reason is Reason.MUTATION else None)
 
 
 def _is_in_quantized_layer(node: Node) -> bool:
@@ -137,16 +110,18 @@ def _is_in_quantized_layer(node: Node) -> bool:
     return is_inside or _QUANTIZED_LAYERS in (node.meta.get("stack_trace") or "")
 
 
-def _point_of(node: Node) -> Point | None:
-    if node.op not in ("call_function", "call_method"):
+def _problem_of_opaque(node: Node) -> Problem | None:
+    if node.op != "call_function":
         return None
-    try:
-        return _by_target().get(node.target)
-    except TypeError:  # an unhashable callable is nobody's operation
+    if node.target in _WITHOUT_LAYER:
+        return Problem(Reason.NO_QUANTIZED_LAYER, f"{node.name} has no quantised layer", node)
+    if node.target not in _OPAQUE:
         return None
+    detail = f"{getattr(node.target, '__name__', node.target)} is one call; `fuse_pass.convert` opens it"
+    return Problem(Reason.OPAQUE, detail, node)
 
 
-def _problem(view: GraphView, node: Node, point: Point, situation: Situation, spec: QuantSpec) -> Problem | None:
+def _problem_of_place(view: GraphView, node: Node, situation: Situation, spec: QuantSpec) -> Problem | None:
     if situation.body_of is not None:
         return Problem(Reason.HIGHER_ORDER, f"the body of {situation.body_of} is left alone", node)
     if view.is_in_functorch(node):
@@ -158,12 +133,43 @@ def _problem(view: GraphView, node: Node, point: Point, situation: Situation, sp
         value = value_of(part)
         if value is not None and not is_plain(value):
             return Problem(Reason.SUBCLASS, f"{part.name} is a {type(value).__name__} of layout {value.layout}", part)
-    if point.kind == _MULTI_HEAD:
-        return problem_of_multi_head(node)
-    result = value_of(node)
-    if result is None or not result.is_floating_point():
-        return Problem(Reason.DTYPES, f"{node.name} is no floating-point tensor", node)
     return None
+
+
+def _problem(view: GraphView, node: Node, point: Point, situation: Situation, spec: QuantSpec) -> Problem | None:
+    problem = _problem_of_place(view, node, situation, spec)
+    if problem is not None:
+        return problem
+    if point.kind == MULTI_HEAD:
+        return problem_of_multi_head(node)
+    if any(value is None or not value.is_floating_point() for value in map(value_of, _results(node))):
+        return Problem(Reason.DTYPES, f"{node.name} is no floating-point tensor", node)
+    return _problem_of_writing(node, point, spec)
+
+
+def _problem_of_writing(node: Node, point: Point, spec: QuantSpec) -> Problem | None:
+    """An activation in place writes into a quantised copy of its input, which others who read the input do not see."""
+    operand, value = _operand(node, 0, "input"), value_of(_operand(node, 0, "input"))
+    if point.kind not in _LAYER_KINDS or spec.input is None or operand is None or value is None:
+        return None
+    if barrier(node) is not Reason.MUTATION:
+        return None
+    for other in node.graph.nodes:
+        if other is node:
+            return None
+        seen = value_of(other)
+        if seen is not None and seen.layout is torch.strided and memory_of(seen) == memory_of(value):
+            is_from_outside = other.op in ("placeholder", "get_attr")
+            if is_from_outside or any(reader > node for reader in other.users):
+                return Problem(Reason.MUTATION, f"{node.name} writes into {other.name}, which others see", node)
+    return None
+
+
+def _results(node: Node) -> list[Node]:
+    """The node itself or, of a call that returns indices as well, what reads its first result."""
+    if not isinstance(node.meta.get("example_value"), (tuple, list)):
+        return [node]
+    return [reader for reader in node.users if reader.target is operator.getitem and reader.args[1] == 0]
 
 
 def _decline(node: Node, problem: Problem) -> Decline:
@@ -174,7 +180,7 @@ def _decline(node: Node, problem: Problem) -> Decline:
 
 def _quantise(inserter: Inserter, node: Node, point: Point) -> None:
     spec = inserter.spec
-    if point.kind == _MULTI_HEAD:
+    if point.kind == MULTI_HEAD:
         open_multi_head(inserter, node)
         return
     with inserter.editor.before(node):
@@ -189,9 +195,11 @@ def _quantise(inserter: Inserter, node: Node, point: Point) -> None:
     sites = [spec.output]
     if point.kind == "embedding" and spec.weight is not None:  # the rows that were looked up
         sites.insert(0, spec.weight.of_rows())
+    _forget(inserter, node)
     if point.kind == "sdpa" and spec.output is not None:
         node = open_dot_product(inserter, node)
-    inserter.quantise_result(node, [site for site in sites if site is not None])
+    for result in _results(node):
+        inserter.quantise_result(result, [site for site in sites if site is not None])
 
 
 def _operand(node: Node, position: int, keyword: str) -> Node | None:

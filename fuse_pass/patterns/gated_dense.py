@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import activation_at
 from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
 from fuse_pass.patterns.linear_chain import (
+    as_arguments,
     as_linear_weight,
     problem_of_bias,
     problem_of_groups,
@@ -166,6 +168,7 @@ class _Product:
     arguments: tuple[Any, ...]
     problem: Problem | None
     nodes: tuple[Node, ...]
+    result_format: list[int] = field(default_factory=list)
 
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
@@ -175,9 +178,13 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
         walks, nodes = [upper], [*second.nodes, *upper.passed]
         act_format = through_quantisation(view, walks, nodes)
         p = through_dropout(view, walks, nodes)
+        rounded = walks[-1].node if through_quantisation(view, walks, nodes) else None
         found = _product_at(view, layers, walks[-1].node)
         if found is not None and found.gate.layer.features == found.up.layer.features == second.features:
             nodes += [*found.nodes, *found.gate.nodes, *found.up.nodes]
+            if rounded is not None:
+                problem = Problem(Reason.QUANTIZATION, f"{rounded.name} is rounded before dropout, too", rounded)
+                found = replace_fields(found, problem=found.problem or problem)
             yield _candidate(view, found, second, p, walks, nodes, act_format)
 
 
@@ -200,16 +207,20 @@ def _product_at(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _
 def _gated_by(
     view: GraphView, layers: Mapping[Node, Linear], node: Node, activated: Node, other: Node
 ) -> _Product | None:
-    walk = view.walk_up(activated)
-    activation = activation_at(view, walk.node)
+    walks, passed = [view.walk_up(activated)], [*view.walk_up(activated).passed]
+    result_format = through_quantisation(view, walks, passed)
+    activation = activation_at(view, walks[-1].node)
     if activation is None or activation.weight is not None:
         return None
     gate, up = _projection(view, layers, activation.input), _projection(view, layers, other)
     if gate is None or up is None or not _belong_together(gate, up):
         return None
-    nodes = (node, *walk.passed, *activation.nodes)
-    gate = _Projection(gate.layer, gate.format, gate.half, gate.value, (walk, *gate.walks), gate.nodes)
-    return _Product(gate, up, activation.name, activation.arguments, activation.problem, nodes)
+    nodes = (node, *passed, *activation.nodes)
+    gate = _Projection(gate.layer, gate.format, gate.half, gate.value, (*walks, *gate.walks), gate.nodes)
+    problem = activation.problem
+    if gate.format != up.format:
+        problem = problem or Problem(Reason.QUANTIZATION, f"{activated.name} and {other.name} are rounded apart", node)
+    return _Product(gate, up, activation.name, activation.arguments, problem, nodes, result_format)
 
 
 def _glu(view: GraphView, layers: Mapping[Node, Linear], op: Op) -> _Product | None:
@@ -225,12 +236,15 @@ def _glu(view: GraphView, layers: Mapping[Node, Linear], op: Op) -> _Product | N
 
 def _projection(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _Projection | None:
     walks, nodes = [view.walk_up(node)], [*view.walk_up(node).passed]
-    value = walks[0].node
+    format_of_half = through_quantisation(view, walks, nodes)
+    value = walks[-1].node
     half = half_of(view, value)
     if half is not None:
         walks.append(view.walk_up(half.source))
         nodes += [*half.nodes, *walks[-1].passed]
     hidden_format = through_quantisation(view, walks, nodes)
+    if format_of_half != hidden_format:
+        hidden_format += format_of_half
     layer = layers.get(walks[-1].node)
     if layer is None or (half is not None and not _is_along(half, layer.features)):
         return None
@@ -244,8 +258,6 @@ def _is_along(half: Half, features: int) -> bool:
 
 
 def _belong_together(gate: _Projection, up: _Projection) -> bool:
-    if gate.format != up.format:
-        return False
     if gate.half is None or up.half is None:
         return gate.half is up.half and gate.layer is not up.layer and gate.layer.input is up.layer.input
     return gate.layer is up.layer and gate.half != up.half
@@ -279,14 +291,14 @@ def _candidate(
         "activation": found.activation,
         "arguments": found.arguments,
         "gate_second": found.gate.half == 1,
-        "formats": (found.gate.format, act_format),
+        "formats": (found.gate.format, act_format, found.result_format),
         "features": second.features,
     }
     words = [found.activation.replace("_", " ")]
     words += ["merged"] if is_merged else []
     words += [f"dropout {p}"] if drops else []
     words += ["1×1 convolutions"] if second.features == CHANNELS else []
-    words += ["fake-quantised"] if act_format or found.gate.format else []
+    words += ["fake-quantised"] if act_format or found.gate.format or found.result_format else []
     return Candidate(
         anchor=second.node,
         nodes=frozenset(nodes),
@@ -352,7 +364,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             constants["activation"],
             list(constants["arguments"]),
             constants["gate_second"],
-            *(constants["formats"] if any(constants["formats"]) else ()),
+            *as_arguments(constants["formats"]),
         )
         if y_value.requires_grad:
             y = editor.item(editor.call_ours(torch.ops.fuse_pass.gated_dense.default, *arguments), 0)

@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.record import Recorder
+from fuse_pass.graph.shapes import memory_of, value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.quantize import quantize_at
 from fuse_pass.spec import QuantSpec, Site
@@ -25,13 +27,21 @@ class Inserter:
         self._known: dict[tuple[Node, Site], Node] = {}
         self._results: dict[Node, Site] = {}
 
-    def forget(self) -> None:
-        """Something may have been written into a value."""
+    def forget(self, writer: Node | None = None) -> None:
+        """Nothing that was quantised before is to be read again; what `writer` may write into is no result any more."""
         self._known.clear()
+        if writer is None:
+            return
+        written = [value_of(node) for node in writer.all_input_nodes]
+        places = {memory_of(value) for value in written if value is not None and value.layout is torch.strided}
+        for result in list(self._results):
+            value = value_of(result)
+            if value is None or memory_of(value) in places:
+                del self._results[result]
 
     def once(self, operand: Node, site: Site) -> Node:
         """A value as the site has it, wherever the editor inserts now."""
-        if self._results.get(operand) == site:
+        if site.is_idempotent and self._results.get(operand) == site:
             return operand
         key = (operand, site)
         if key not in self._known:
@@ -44,7 +54,7 @@ class Inserter:
         with self.editor.after(node):
             new = node
             for i, site in enumerate(sites):
-                new = new if i and site == sites[i - 1] else self._call(new, site)
+                new = new if i and site == sites[i - 1] and site.is_idempotent else self._call(new, site)
         if new is not node:
             self.editor.stands_for(new, node)
             for reader in readers:

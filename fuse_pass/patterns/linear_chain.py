@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,16 +19,37 @@ from fuse_pass.report import Reason
 
 
 def through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node]) -> list[int]:
-    """Walks on past a deterministic fake quantisation; returns its settings as the op takes them, or none."""
-    node = walks[-1].node
+    """Walks on past deterministic fake quantisation; returns its settings as the op takes them, or none.
+
+    A layer that quantises its result is often followed by one that quantises its input, behind a view or in another
+    format: the settings are those of both then, in order, and of one where the second changes nothing.
+    """
+    settings: list[int] = []
+    last: list[int] = []
+    while (found := _settings_of(walks[-1].node)) is not None:
+        source, packed = found
+        nodes.append(walks[-1].node)
+        walks.append(view.walk_up(source))
+        nodes += walks[-1].passed
+        if packed != last:
+            settings, last = [*packed, *settings], packed
+    return settings
+
+
+def _settings_of(node: Node) -> tuple[Node, list[int]] | None:
+    """What a fake quantisation that an op can do inside reads, and how it rounds."""
     if node.target is not torch.ops.fuse_pass.fake_quantize.default:
-        return []
+        return None
     source, seed, *settings, clip_grad = cast(tuple[Any, ...], node.args)
     if seed is not None or clip_grad or not isinstance(source, Node):
-        return []
-    walks.append(view.walk_up(source))
-    nodes += [node, *walks[-1].passed]
-    return pack(*settings)
+        return None
+    return source, pack(*settings)
+
+
+def as_arguments(formats: Sequence[list[int]]) -> tuple[list[int], ...]:
+    """Settings as the last arguments of an op, without empty ones at the end."""
+    count = max((i + 1 for i, settings in enumerate(formats) if settings), default=0)
+    return tuple(formats[:count])
 
 
 def through_dropout(view: GraphView, walks: list[Walk], nodes: list[Node]) -> Any:

@@ -68,8 +68,7 @@ def test_the_bits_of_convert(spec: str, training: bool) -> None:
     mine = run(ours, torch.compile(ours, backend=rewrite_only))
     assert report.counts()["fake_quant"] == 9
     assert torch.equal(mine["y"], theirs["y"])
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert [name for name, value in theirs.items() if not torch.equal(mine[name], value)] == []
 
 
 @pytest.mark.parametrize("spec", ["fp8_e4m3", "bf16", QuantSpec.uniform("fp8_e5m2", rounding="towards_zero")], ids=str)
@@ -77,9 +76,9 @@ def test_fused_with_quantised_operands(spec: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Dropout(0.0), nn.Linear(24, 8))
     x = torch.randn(5, 8, requires_grad=True)
     captured = quantised(model, x, spec=spec)
-    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert captured.report.counts() == {"fake_quant": 3, "dense_act_dense": 1}
     assert "fake-quantised" in captured.report.matches[-1].variant
-    converted = convert(model, spec, include=["0", "3"])
+    converted = convert(model, spec)
     expected = converted(x)
     assert torch.equal(captured.output, expected)
     grads = torch.autograd.grad(captured.output.sum(), [x, *model.parameters()])
@@ -92,8 +91,8 @@ def test_fused_and_quantised_through_inductor() -> None:
     backend = FuseBackend(quantize="fp8_e4m3")
     with fuse_pass.collect() as report:
         ours = torch.compile(model, backend=backend, fullgraph=True)(x)
-    assert report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
-    expected = convert(model, "fp8_e4m3", include=["0", "2"])(x)
+    assert report.counts() == {"fake_quant": 3, "dense_act_dense": 1}
+    expected = convert(model, "fp8_e4m3")(x)
     torch.testing.assert_close(ours, expected, rtol=0.13, atol=1e-3)  # a sum in another order may round to a neighbour
     assert torch.equal(ours, fake_quantize(ours, "fp8_e4m3"))
     ours.sum().backward()
@@ -193,8 +192,8 @@ def test_dynamic_shapes(dynamic: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
     x = torch.randn(5, 8)
     captured = quantised(model, x, spec="fp8_e4m3", dynamic=dynamic)
-    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
-    assert torch.equal(captured.output, convert(model, "fp8_e4m3", include=["0", "2"])(x))
+    assert captured.report.counts() == {"fake_quant": 3, "dense_act_dense": 1}
+    assert torch.equal(captured.output, convert(model, "fp8_e4m3")(x))
 
 
 def test_a_failure_raises_because_other_numbers_are_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,10 +265,10 @@ def test_declines(function: Any, reason: Reason) -> None:
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 2, 3, 8), (0, 8)])
 def test_contexts_and_ranks(context: Any, shape: tuple[int, ...]) -> None:
     model, x = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)), torch.randn(shape)
-    converted = convert(model, "fp8_e4m3", include=["0", "2"])
+    converted = convert(model, "fp8_e4m3")
     with context():
         captured, expected = quantised(model, x, spec="fp8_e4m3"), converted(x)
-    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert captured.report.counts() == {"fake_quant": 3, "dense_act_dense": 1}
     assert captured.output.dtype is expected.dtype
     assert torch.equal(captured.output, expected)
 
@@ -277,13 +276,13 @@ def test_contexts_and_ranks(context: Any, shape: tuple[int, ...]) -> None:
 def test_bodies_of_checkpoints_and_frozen_weights() -> None:
     model, x = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)), torch.randn(3, 8)
     model[0].requires_grad_(False)
-    converted = convert(model, "fp8_e4m3", include=["0", "2"])
+    converted = convert(model, "fp8_e4m3")
 
     def checkpointed(x: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
 
     captured = quantised(checkpointed, x, spec="fp8_e4m3")
-    assert captured.report.counts() == {"fake_quant": 2, "dense_act_dense": 1}
+    assert captured.report.counts() == {"fake_quant": 3, "dense_act_dense": 1}
     assert torch.equal(captured.output, converted(x))
     captured.output.sum().backward()
     converted(x).sum().backward()

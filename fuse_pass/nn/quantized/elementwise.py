@@ -10,7 +10,10 @@ from fuse_pass.nn.quantized.base import ByFormat
 
 
 class Elementwise(ByFormat):
-    """Mixin: quantised input → the `torch.nn` layer, which is the last base → quantised output."""
+    """Mixin: quantised input → the `torch.nn` layer, which is the last base → quantised output.
+
+    With `inplace=True` and a quantised input, what is written is the quantised copy, and the input stays as it is.
+    """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
