@@ -17,13 +17,21 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # This folder's package, whatever else is installed.
 RUN := PYTHONPATH='$(CURDIR)' $(BIN)/python -m
 
-.PHONY: demo test slow forms environment lint bench readme clean
+# A processor that offers less than this one: no AVX-512, no products in half types. What it compiles stays apart.
+OTHER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(VENV)/other-cpu-cache
+
+.PHONY: demo test test-other-cpu slow forms environment lint bench readme clean
 
 demo: $(VENV)/demo
 	$(RUN) fuse_pass demo
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet
+	$(MAKE) test-other-cpu
+
+# The tests that depend on what the processor offers, once more on the other kind.
+test-other-cpu: $(VENV)/test
+	$(OTHER_CPU) OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet -m 'processor and not slow'
 
 slow: $(VENV)/test
 	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet -m slow

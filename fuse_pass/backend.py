@@ -19,7 +19,7 @@ from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks
-from fuse_pass.inductor.cache_key import cache_key
+from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key
 from fuse_pass.inductor.masked_softmax import MaskedSoftmax
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
 from fuse_pass.ops.dropout_masks import OwnMasks
@@ -118,11 +118,13 @@ class FuseBackend:
         fused, report = configured.rewrite(gm, own_random_numbers=own_random_numbers)
         publish(report)
         compiler = compat.inductor_compiler(mode, inductor_options)
+        passes = compat.joint_passes(inductor_options)
+        compiler.config["joint_custom_post_pass"] = OnThisProcessor(passes)
         if _calls_our_ops(fused):
             masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
                 cache_key(configured.options),
-                (*compat.joint_passes(inductor_options), *masks),
+                (*passes, *masks),
                 memory=configured.memory,
                 guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )

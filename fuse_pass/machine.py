@@ -9,15 +9,37 @@ from pathlib import Path
 
 import torch
 
+# How the names of instruction sets begin that multiply or convert numbers, on x86 and on ARM.
+_ARITHMETIC = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "smef", "smei", "fphp", "bf16", "i8mm")
+
 
 @functools.cache
 def cpu_name() -> str:
     """The processor's own name, e.g. `AMD EPYC 9575F 64-Core Processor`, or its architecture if that is all we know."""
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def processor() -> str:
+    """Name, family, model and arithmetic instructions of the processor, e.g. `AMD EPYC, 25, 1, avx avx2 f16c fma`.
+
+    Hypervisors call many different processors by one name. This tells apart those on which code or a measurement of one
+    may be wrong on the other.
+    """
+    info = _cpu_info()
+    instructions = (info.get("flags") or info.get("Features") or "").split()
+    arithmetic = " ".join(sorted(name for name in set(instructions) if name.startswith(_ARITHMETIC)))
+    models = [info[field] for field in ("cpu family", "model", "CPU implementer", "CPU part") if field in info]
+    return ", ".join((cpu_name(), *models, arithmetic))
+
+
+def _cpu_info() -> dict[str, str]:
+    """What Linux says about the first processor; empty elsewhere."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text().strip().split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return {}
 
 
 def instruction_set() -> str:

@@ -7,6 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fuse_pass.inductor import compat, onednn
+from fuse_pass.machine import cpu_name, instruction_set
+
+
+def pytest_report_header() -> str:
+    """Which kind of processor these results are of: `make test-other-cpu` makes a rich one answer as a poor one."""
+    return f"processor: {cpu_name()}, {instruction_set()}, Inductor {compat.vector_instructions()}, {onednn.abilities()}"
+
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,10 +34,12 @@ __all__ = [
     "never_merge",
     "onednn_linear",
     "onednn_linear_add",
+    "onednn_version",
     "pack_onednn_weight",
     "register_decomposition",
     "size_hint",
     "stored_once",
+    "vector_instructions",
 ]
 
 
@@ -86,6 +89,13 @@ def onednn_linear_add() -> torch._ops.OpOverload:
     return add
 
 
+@functools.cache
+def onednn_version() -> str:
+    """The version of oneDNN in this build of PyTorch, e.g. `3.12.0`; `unknown` where the build does not tell."""
+    found = re.search(r"(?:MKL-DNN|oneDNN) v([\d.]+)", torch.__config__.show())
+    return found[1] if found else "unknown"
+
+
 def pack_onednn_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
     """A copy of a `[n, k]` weight in oneDNN's own order for so many rows; opaque but to `onednn_linear`."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -113,6 +123,11 @@ def is_compiling() -> bool:
 def has_vector_loops() -> bool:
     """Whether Inductor knows vector instructions of this CPU."""
     return bool(pick_vec_isa())
+
+
+def vector_instructions() -> str:
+    """Those for which Inductor writes loops on this CPU, e.g. `avx2`; the width of a loop is in its source."""
+    return str(pick_vec_isa())
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

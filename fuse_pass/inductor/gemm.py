@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -32,8 +33,8 @@ from pathlib import Path
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from fuse_pass.inductor import compat
-from fuse_pass.machine import cpu_name
+from fuse_pass.inductor import compat, onednn
+from fuse_pass.machine import instruction_set, processor
 
 ATEN, ONEDNN, VIA_FLOAT32 = "aten", "onednn", "via_float32"
 
@@ -59,7 +60,7 @@ _REPEATS = 15
 # Elements of a weight from which a packed copy saves more than it takes to see that the weight has not changed (30 us).
 _MIN_PACKED = 1 << 19
 # Another number where the probe asks something else, so that verdicts of before are not found.
-_VERSION = 2
+_VERSION = 3
 
 
 def provider(
@@ -90,7 +91,8 @@ def provider(
     if (flop is not None and flop < MIN_FLOP) or _is_thin(sizes, weight_gradient):
         return ATEN
     break_even = table().get(_key(dtype, with_activation))
-    return ATEN if break_even is None or (flop is not None and flop < break_even) else ONEDNN
+    pays = break_even is not None and (flop is None or flop >= break_even)
+    return ONEDNN if pays and onednn.multiplies(dtype) else ATEN
 
 
 def sums_pay(
@@ -128,10 +130,10 @@ def prepacking_pays(device: torch.device, dtype: torch.dtype, sizes: Sequence[in
     known = [size for size in sizes if size is not None]
     if device.type != "cpu" or len(known) < len(sizes) or math.prod(known) < _MIN_PACKED:
         return False
-    if compat.onednn_linear() is None or _is_thin((None, *sizes), weight_gradient=False):
+    if not onednn.multiplies(dtype) or _is_thin((None, *sizes), weight_gradient=False):
         return False
     if dtype is torch.bfloat16:
-        return compat.has_fast_cpu_dtype(dtype)  # in which aten calls oneDNN too
+        return True  # aten calls oneDNN too
     return dtype is torch.float32 and _key(dtype, with_activation=False) in table()
 
 
@@ -154,32 +156,58 @@ def table() -> dict[str, int]:
     if compat.onednn_linear() is None:
         return {}
     path = _cache_file()
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # absent, unreadable, or not what we wrote
-        return {str(key): int(flop) for key, flop in dict(json.loads(path.read_text())["break_even_flop"]).items()}
-    measured = _probe()
-    _write(path, {"machine": _machine(), "break_even_flop": measured})
-    return measured
+    found = _read(path)
+    if found is None:
+        found = _probe()
+        _write(path, {"machine": _machine(), "break_even_flop": found})
+    return found
+
+
+def _read(path: Path) -> dict[str, int] | None:
+    """The table in a file that this machine has written; None for any other file, which is as good as none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):  # absent, unreadable, no JSON, or nested too deeply for the parser
+        return None
+    if not isinstance(content, dict) or content.get("machine") != _machine():
+        return None
+    found = content.get("break_even_flop")
+    is_ours = isinstance(found, dict) and all(_is_entry(key, flop) for key, flop in found.items())
+    return found if is_ours else None
+
+
+def _is_entry(key: str, flop: object) -> bool:
+    """Whether a key is one that `_key` makes and a number one that `_break_even` returns: a bool, too, is an int."""
+    return key in _KEYS and type(flop) is int and flop >= MIN_FLOP
 
 
 def _key(dtype: torch.dtype, with_activation: bool) -> str:
     return f"{str(dtype).removeprefix('torch.')}{'+activation' if with_activation else ''}"
 
 
+_PROBED = (torch.float32, torch.bfloat16)
+_KEYS = tuple(_key(dtype, with_activation) for dtype in _PROBED for with_activation in (False, True))
+
+
 def _probe() -> dict[str, int]:
-    dtypes = [torch.float32] + [torch.bfloat16] * compat.has_fast_cpu_dtype(torch.bfloat16)
-    found = {}
+    found: dict[str, int] = {}
     # The probe may be asked for in the middle of a trace: no fake tensors, no proxies, no autocast, no autograd.
     with compat.disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for dtype in dtypes:
-            for with_activation in (False, True):
-                sizes, min_gain = (
-                    (_LARGE_WITH_ACTIVATION, MIN_GAIN_WITH_ACTIVATION) if with_activation else (_LARGE, MIN_GAIN)
-                )
-                large = _seconds_per_product(*_contenders(sizes, dtype, with_activation))
-                small = _seconds_per_product(*_contenders(_SMALL, dtype, with_activation=False))
-                flop = _break_even(large, small, sizes, min_gain)
-                if flop is not None:
-                    found[_key(dtype, with_activation)] = flop
+        for dtype in _PROBED:
+            with contextlib.suppress(onednn.NoPrimitiveError), onednn.asked_for(dtype):
+                found |= _probe_dtype(dtype)
+    return found
+
+
+def _probe_dtype(dtype: torch.dtype) -> dict[str, int]:
+    found = {}
+    for with_activation in (False, True):
+        sizes, min_gain = (_LARGE_WITH_ACTIVATION, MIN_GAIN_WITH_ACTIVATION) if with_activation else (_LARGE, MIN_GAIN)
+        large = _seconds_per_product(*_contenders(sizes, dtype, with_activation))
+        small = _seconds_per_product(*_contenders(_SMALL, dtype, with_activation=False))
+        flop = _break_even(large, small, sizes, min_gain)
+        if flop is not None:
+            found[_key(dtype, with_activation)] = flop
     return found
 
 
@@ -245,12 +273,20 @@ def _seconds_per_product(aten: _Products, onednn: _Products) -> tuple[float, flo
 
 
 def _machine() -> str:
-    return f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads, probe {_VERSION}"
+    """All that a verdict depends on. Hypervisors give one name to processors with and without bfloat16 arithmetic."""
+    return "; ".join(
+        (
+            processor(),
+            f"PyTorch uses {instruction_set()}",
+            onednn.abilities(),
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, probe {_VERSION}",
+        )
+    )
 
 
 def _cache_file() -> Path:
-    slug = "".join(c if c.isalnum() else "-" for c in _machine())
-    return Path(cache_dir()) / "fuse_pass" / f"gemm-{slug}.json"
+    digest = hashlib.sha256(_machine().encode()).hexdigest()[:16]
+    return Path(cache_dir()) / "fuse_pass" / f"gemm-{digest}.json"
 
 
 def _write(path: Path, content: object) -> None:

@@ -11,6 +11,8 @@ Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, y `[..., d_out]`.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +29,9 @@ from fuse_pass.ops.library import (
     only_needed,
     placeholders,
 )
+
+# Of activations that are one function written in two ways, the first.
+_BY_POST_OP = {row.post_op: row for row in reversed(ACTIVATIONS.values()) if row.post_op is not None}
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -183,13 +188,36 @@ def _product(
 
 
 def gemm_onednn(
-    a: Tensor, b: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    attribute: str,
+    arguments: list[float],
+    algorithm: str,
+    packed: Tensor | None = None,
 ) -> Tensor:
-    """`fuse_pass::gemm`; b may be a weight that `compat.pack_onednn_weight` has packed."""
+    """`fuse_pass::gemm`, with b also as `onednn.pack` has packed it.
+
+    Who compiles asks first what this processor has. A call that finds no such product was compiled on another one, or
+    written by hand: it computes by aten, and says so once.
+    """
     # oneDNN reads a bias as if it were contiguous, whatever its strides.
     packed_bias = None if bias is None else bias.contiguous()
-    columns = _dense_rows(b) if b.layout is torch.strided else b
-    return onednn.product(_dense_rows(a), columns, packed_bias, attribute, arguments, algorithm)
+    columns = _dense_rows(b) if packed is None else packed
+    try:
+        return onednn.product(_dense_rows(a), columns, packed_bias, attribute, arguments, algorithm)
+    except onednn.NoPrimitiveError as error:
+        act = _BY_POST_OP.get((attribute, algorithm))
+        if act is None and attribute != "none":
+            raise
+        _say_once(str(error))
+    y = _product(a, b, bias, _provider(a, b), None, ())
+    return y if act is None else act.forward(y, arguments, None)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import onednn
 from fuse_pass.ops.dense import gemm_fake, gemm_onednn, product, product_with_activation, rows_of, shaped_like_rows_of
 from fuse_pass.ops.library import define
 
@@ -75,7 +75,10 @@ class PackedWeights:
             self._keep(storage, where, _Entry(state, places))
             return None
         if entry.packed is None:
-            entry = _Entry(state, places, compat.pack_onednn_weight(values, _ROWS))
+            try:
+                entry = _Entry(state, places, onednn.pack(values, _ROWS))
+            except onednn.NoPrimitiveError:  # nor has the product: it is named there
+                return None
             self._keep(storage, where, entry)
         return entry.packed
 
@@ -111,8 +114,7 @@ PACKED = PackedWeights()
 def _gemm_prepacked(
     a: Tensor, weight: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
 ) -> Tensor:
-    packed = PACKED.of(weight)
-    return gemm_onednn(a, weight if packed is None else packed, bias, attribute, arguments, algorithm)
+    return gemm_onednn(a, weight, bias, attribute, arguments, algorithm, packed=PACKED.of(weight))
 
 
 define(

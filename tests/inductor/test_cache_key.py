@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
 
 from fuse_pass.inductor import cache_key as module
-from fuse_pass.inductor import gemm
-from fuse_pass.inductor.cache_key import cache_key, source_hash
+from fuse_pass.inductor import compat, gemm, onednn
+from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key, source_hash
 
 OPTIONS = {"patterns": ("dense_act_dense", "dropout_norm"), "strict": False}
 
@@ -74,6 +77,45 @@ def test_key_changes_with_the_gemm_table(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(gemm, "table", lambda table=table: table)
         keys.add(cache_key(OPTIONS))
     assert len(keys) == 4
+
+
+OTHER_PROCESSORS: dict[str, tuple[object, str, object]] = {
+    "another of its name": (module, "processor", lambda: "AMD EPYC, 23, 49, avx2"),
+    "narrower vectors in PyTorch": (module, "instruction_set", lambda: "SIMD77"),
+    "narrower vectors in Inductor": (compat, "vector_instructions", lambda: "simd77"),
+    "no oneDNN": (compat, "onednn_linear", lambda: None),
+    "half types the other way": (compat, "has_fast_cpu_dtype", lambda dtype: not HAS_BFLOAT16),
+    "a product that has failed": (onednn, "_failed", {torch.float32}),
+}
+HAS_BFLOAT16 = compat.has_fast_cpu_dtype(torch.bfloat16)
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("other", OTHER_PROCESSORS)
+def test_key_changes_with_the_processor(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of one is wrong on the other, and nothing else tells them apart."""
+    ours, stock = cache_key(OPTIONS), OnThisProcessor().uuid()
+    monkeypatch.setattr(*OTHER_PROCESSORS[other])
+    assert cache_key(OPTIONS) != ours
+    assert OnThisProcessor().uuid() != stock
+    monkeypatch.undo()
+    assert OnThisProcessor().uuid() == stock
+
+
+class Known(CustomGraphPass):
+    def __call__(self, graph: Graph) -> None:
+        graph.owning_module = "seen"
+
+    def uuid(self) -> str:
+        return "known"
+
+
+def test_the_passes_of_the_user_run_and_count() -> None:
+    graph, stock = Graph(), OnThisProcessor().uuid()
+    OnThisProcessor([Known()])(graph)
+    assert graph.owning_module == "seen"
+    assert OnThisProcessor([Known()]).uuid() not in (None, stock)
+    assert OnThisProcessor([Known(), lambda graph: None]).uuid() is None, "not to be cached"
 
 
 def test_key_changes_with_any_source(package: Path) -> None:

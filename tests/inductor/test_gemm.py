@@ -13,14 +13,17 @@ import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuse_pass.inductor import compat, gemm
+from fuse_pass.inductor import compat, gemm, onednn
 
 CPU = torch.device("cpu")
 BREAK_EVEN = 4 * gemm.MIN_FLOP
 LARGE, MEDIUM, SMALL = (512, 256, 256), (100, 100, 100), (10, 10, 10)
 SIZES = (256, 768, 768)
 VERDICTS = {"float32": BREAK_EVEN}
-pytestmark = pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN")
+pytestmark = [
+    pytest.mark.processor,
+    pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN"),
+]
 
 
 class Probe:
@@ -65,6 +68,7 @@ def test_probed_once_and_read_again(file: Path, probe: Probe) -> None:
     assert gemm.table() == VERDICTS
     written = json.loads(file.read_text())
     assert written["break_even_flop"] == VERDICTS
+    assert written["machine"] == gemm._machine()
     assert torch.__version__ in written["machine"]
     assert next_process() == VERDICTS
     assert gemm.table() == VERDICTS
@@ -72,28 +76,55 @@ def test_probed_once_and_read_again(file: Path, probe: Probe) -> None:
     assert list(file.parent.iterdir()) == [file], "a temporary file is left"
 
 
-def test_the_file_is_believed(file: Path, probe: Probe) -> None:
+def write_verdicts(file: Path, verdicts: str, machine: str | None = None) -> None:
+    """The file as `gemm` writes it, with this JSON as its verdicts."""
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"break_even_flop": {"bfloat16": 77}}))
-    assert gemm.table() == {"bfloat16": 77}
+    file.write_text(f'{{"machine": {json.dumps(machine or gemm._machine())}, "break_even_flop": {verdicts}}}')
+
+
+@pytest.mark.parametrize("verdicts", [{"bfloat16": 1 << 21}, {"float32+activation": gemm.MIN_FLOP}, {}])
+def test_the_file_is_believed(verdicts: dict[str, int], file: Path, probe: Probe) -> None:
+    write_verdicts(file, json.dumps(verdicts))
+    assert gemm.table() == verdicts
     assert probe.runs == 0
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b"{", b"{}", b"[]", b"null", b"17", b'"x"', b"\xff\xfe\x00"),
-        *(b'{"break_even_flop": null}', b'{"break_even_flop": 3}', b'{"break_even_flop": {"float32": "onednn"}}'),
-        b'{"providers": {"float32": "onednn"}}',  # of an earlier version
-    ],
-)
-def test_a_corrupt_file_is_replaced(content: bytes, file: Path, probe: Probe) -> None:
-    file.parent.mkdir(parents=True)
-    file.write_bytes(content)
+def assert_replaced(file: Path, probe: Probe) -> None:
     assert gemm.table() == VERDICTS
     assert next_process() == VERDICTS
     assert probe.runs == 1
     assert json.loads(file.read_text())["break_even_flop"] == VERDICTS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[]", b"null", b"17", b'"x"', b"\xff\xfe\x00", b"[" * 200_000, b'{"machine":' * 200_000],
+    ids=lambda content: content[:12].decode(errors="replace"),
+)
+def test_a_corrupt_file_is_replaced(content: bytes, file: Path, probe: Probe) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    assert_replaced(file, probe)
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+NO_VERDICTS = [*("null", "3", "[]", DEEP), '{"float32": "onednn"}', '{"float64": 4000000}', '{"": 4000000}']
+NO_FLOP = [*("NaN", "Infinity", "-Infinity", "1e999", "0", "-4000000", "true", "false", "4000000.0", "999999", "null")]
+NO_FLOP += ['"4000000"', "[4000000]", "9" * 10_000, DEEP]
+
+
+@pytest.mark.parametrize(
+    "verdicts", [*NO_VERDICTS, *(f'{{"float32": {flop}}}' for flop in NO_FLOP)], ids=lambda text: text[:24]
+)
+def test_verdicts_that_no_probe_can_have_found_are_replaced(verdicts: str, file: Path, probe: Probe) -> None:
+    write_verdicts(file, verdicts)
+    assert_replaced(file, probe)
+
+
+def test_a_file_of_another_machine_is_replaced(file: Path, probe: Probe) -> None:
+    """However it came by this name."""
+    write_verdicts(file, '{"bfloat16": 4000000}', machine="another")
+    assert_replaced(file, probe)
 
 
 def test_an_unwritable_cache_costs_only_a_probe(file: Path, probe: Probe) -> None:
@@ -109,22 +140,56 @@ def test_a_directory_in_place_of_the_file(file: Path, probe: Probe) -> None:
     assert gemm.table() == VERDICTS
 
 
-def test_each_machine_thread_count_and_version_has_its_own_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_a_verdict_depends_on_has_its_own_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {file}
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 77)
-        files.add(gemm._cache_file())
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "9.9")
-        files.add(gemm._cache_file())
-    with monkeypatch.context() as patch:
-        patch.setattr(gemm, "cpu_name", lambda: "another CPU @ 3 GHz / x")
-        files.add(gemm._cache_file())
-    with monkeypatch.context() as patch:
-        patch.setattr(gemm, "_VERSION", 77)
-        files.add(gemm._cache_file())
-    assert len(files) == 5
+    others: list[tuple[object, str, object]] = [
+        (torch, "get_num_threads", lambda: 77),
+        (torch, "__version__", "9.9"),
+        (gemm, "processor", lambda: "another CPU @ 3 GHz / x"),
+        (gemm, "instruction_set", lambda: "SIMD77"),
+        (onednn, "multiplies", lambda dtype: False),
+        (onednn, "multiplies", lambda dtype: dtype in (torch.float16, torch.int8)),
+        (compat, "onednn_version", lambda: "7.7"),
+        (gemm, "_VERSION", 77),
+    ]
+    for owner, name, value in others:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            files.add(gemm._cache_file())
+    assert len(files) == len(others) + 1
     assert all(path.parent == file.parent for path in files)
+
+
+def test_processors_of_one_name_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`AMD EPYC` is any of five generations. Their caches meet where a home or an image of a container is shared."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = {"rich": {"bfloat16": gemm.MIN_FLOP}, "poor": {"float32": 8 * gemm.MIN_FLOP}}
+    probed = []
+    for kind in ("rich", "poor", "rich", "poor"):
+        monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, kind=kind: kind == "rich")
+        monkeypatch.setattr(gemm, "_probe", lambda kind=kind: probed.append(kind) or found[kind])
+        assert next_process() == found[kind]
+        assert gemm.provider(CPU, torch.bfloat16, LARGE) == (gemm.ONEDNN if kind == "rich" else gemm.ATEN)
+    assert probed == ["rich", "poor"]
+
+
+def test_a_dtype_that_onednn_does_not_multiply_stays_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table says."""
+    everything = dict.fromkeys(gemm._KEYS, gemm.MIN_FLOP)
+    monkeypatch.setattr(gemm, "table", lambda: everything)
+    weight = (1024, 1024)
+    for has in (True, False):
+        monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, has=has: has)
+        for with_activation in (False, True):
+            chosen = gemm.provider(CPU, torch.bfloat16, LARGE, with_activation=with_activation)
+            assert chosen == (gemm.ONEDNN if has else gemm.ATEN)
+        assert gemm.prepacking_pays(CPU, torch.bfloat16, weight) == has
+        assert gemm.provider(CPU, torch.float32, LARGE) == gemm.ONEDNN
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
+    monkeypatch.setattr(onednn, "_failed", {torch.bfloat16, torch.float32})
+    for dtype in (torch.bfloat16, torch.float32):
+        assert gemm.provider(CPU, dtype, LARGE) == gemm.ATEN
+        assert not gemm.prepacking_pays(CPU, dtype, weight)
 
 
 def test_small_products_stay_with_aten(file: Path, probe: Probe) -> None:
@@ -193,6 +258,24 @@ def test_the_real_probe(file: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before), "the probe draws from the user's generator"
 
 
+def test_a_product_that_fails_in_the_probe_is_no_candidate(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that says that it multiplies bfloat16, and has no product."""
+    real = compat.onednn_linear()
+    assert real is not None
+
+    def linear(a: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if a.dtype is torch.bfloat16:
+            raise RuntimeError("could not create a primitive descriptor for the inner product forward propagation")
+        return real(a, *rest)
+
+    monkeypatch.setattr(onednn, "_failed", set())
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
+    monkeypatch.setattr(compat, "onednn_linear", lambda: linear)
+    assert_is_a_table(gemm.table())
+    assert not {key for key in gemm.table() if key.startswith("bfloat16")}
+    assert not onednn.multiplies(torch.bfloat16)
+
+
 def test_the_probe_works_in_the_middle_of_a_trace(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors, proxies and autocast active it still multiplies real float32 matrices."""
     seen = []
@@ -242,10 +325,11 @@ def test_an_activation_of_half_types_is_computed_in_float32_by_aten(monkeypatch:
     seen = []
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda h: seen.append(h.dtype) or gelu(h))
-    (aten,), (onednn,) = gemm._contenders((8, 16, 24), torch.bfloat16, with_activation=True)
-    assert aten().dtype is onednn().dtype is torch.bfloat16
+    (by_aten,), (by_onednn,) = gemm._contenders((8, 16, 24), torch.bfloat16, with_activation=True)
+    assert by_aten().dtype is torch.bfloat16
     assert seen == [torch.float32]
-    torch.testing.assert_close(aten(), onednn(), rtol=2e-2, atol=2e-2)
+    if onednn.multiplies(torch.bfloat16):  # or the probe leaves bfloat16 out
+        torch.testing.assert_close(by_aten(), by_onednn(), rtol=2e-2, atol=2e-2, check_dtype=True)
 
 
 def test_the_least_times_count() -> None:

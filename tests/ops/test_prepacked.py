@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.inductor import compat, gemm
+from fuse_pass.inductor import compat, gemm, onednn
 from fuse_pass.ops import prepacked
 from fuse_pass.ops.activations import ACTIVATIONS
 from tests.precision import assert_as_exact_as_eager
 
-pytestmark = pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN")
+pytestmark = [
+    pytest.mark.processor,
+    pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN"),
+]
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS, D_OUT, D_IN = 5, 48, 32
 
@@ -54,7 +57,7 @@ def packed_weight(dtype: torch.dtype = torch.float32) -> nn.Parameter:
     check(weight)
     assert packs() == 0, "not before it was seen unchanged"
     check(weight)
-    assert packs() == 1
+    assert packs() == onednn.multiplies(dtype), "where oneDNN cannot read it, it is left as it is"
     return weight
 
 
@@ -63,7 +66,7 @@ def packed_weight(dtype: torch.dtype = torch.float32) -> nn.Parameter:
 def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
     weight = packed_weight(dtype)
     check(weight, rows)
-    assert packs() == 1
+    assert packs() == onednn.multiplies(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,6 +249,27 @@ def test_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.fuse_pass.dense_prepacked.default, (x, weight, bias, "", []))
 
 
+@pytest.mark.parametrize("when", ["packing", "multiplying"])
+def test_where_a_packed_product_fails_the_plain_weight_is_multiplied(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that oneDNN has packed is of no use to aten."""
+    weight = packed_weight()
+
+    def fail(*arguments: object) -> Tensor:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(onednn, "_failed", set())
+    if when == "packing":
+        monkeypatch.setattr(prepacked, "PACKED", prepacked.PackedWeights())
+        monkeypatch.setattr(compat, "pack_onednn_weight", fail)
+    else:
+        monkeypatch.setattr(compat, "onednn_linear", lambda: fail)
+    for _ in range(3):
+        check(weight, post_op=("gelu", "none"), name="gelu")
+    assert not onednn.multiplies(torch.float32)
+
+
 def test_only_large_weights_of_the_right_dtypes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, large = torch.device("cpu"), (1024, 1024)
     monkeypatch.setattr(gemm, "table", lambda: {"float32": gemm.MIN_FLOP})
@@ -254,6 +278,9 @@ def test_only_large_weights_of_the_right_dtypes_pay(monkeypatch: pytest.MonkeyPa
         assert not gemm.prepacking_pays(cpu, torch.float32, sizes)
     for device, dtype in ((torch.device("cuda"), torch.float32), (cpu, torch.float64), (cpu, torch.float16)):
         assert not gemm.prepacking_pays(device, dtype, large)
+    monkeypatch.setattr(onednn, "_failed", {torch.float32})
+    assert not gemm.prepacking_pays(cpu, torch.float32, large), "where oneDNN has failed"
+    monkeypatch.setattr(onednn, "_failed", set())
     monkeypatch.setattr(gemm, "table", dict)
     assert not gemm.prepacking_pays(cpu, torch.float32, large), "where MKL is as fast"
     for fast in (False, True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fuse_pass
 from fuse_pass.backend import FuseBackend
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, onednn
 from fuse_pass.ops import dense as products
 from fuse_pass.ops import prepacked
 from fuse_pass.patterns import prepack
@@ -132,13 +132,12 @@ def test_with_gradients_nothing_is_packed() -> None:
     assert found(model.requires_grad_(False), torch.randn(4, 8), grad=True).report.counts()["prepack"] == 1
 
 
+@pytest.mark.processor
 @pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["feed-forward", "gated", "tied"])
 def test_compiled_never_stale(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "PACKED", prepacked.PackedWeights())
-    if dtype is torch.bfloat16 and not compat.has_fast_cpu_dtype(dtype):
-        pytest.skip("this CPU multiplies no bfloat16")
     model = MODELS[name][0]().to(dtype)
     compiled = torch.compile(model, backend=FuseBackend(prepack=True, strict=True), dynamic=True)
     parameters = list(model.parameters())
@@ -147,7 +146,8 @@ def test_compiled_never_stale(name: str, dtype: torch.dtype, monkeypatch: pytest
             x = torch.randn(rows, 8, dtype=dtype)
             torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
             if step == 2:
-                assert len(prepacked.PACKED) == len({id(p) for p in parameters if p.dim() == 2})
+                matrices = {id(p) for p in parameters if p.dim() == 2}
+                assert len(prepacked.PACKED) == len(matrices) * onednn.multiplies(dtype)
                 torch._foreach_mul_(parameters, -1.5)
             if step == 3:
                 model.load_state_dict({key: value * 0.5 for key, value in model.state_dict().items()})
