@@ -17,6 +17,7 @@ import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.formats import Format
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
+from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks
 from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key
@@ -144,6 +145,7 @@ class FuseBackend:
             graphs = list(_graphs(fused))
             for graph, _, _ in graphs:
                 hoist_scalars(graph)
+                forget_identities(graph)
             for name, run in self._passes():
                 step = f"pattern {name}"
                 for graph, body_of, autocast in graphs:

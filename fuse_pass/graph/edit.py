@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from fuse_pass.graph.places import nodes_to_move, place_for
-from fuse_pass.graph.shapes import is_plain, same_shape, same_strides, size_hint, value_of
+from fuse_pass.graph.shapes import is_plain, memory_order, same_shape, same_strides, value_of
 from fuse_pass.graph.view import GraphView
 
 
@@ -210,7 +210,7 @@ class Editor:
         a, b = value_of(old), value_of(new)
         if a is None or b is None or same_strides(a, b):
             return new
-        order = sorted(range(a.dim()), key=lambda dim: size_hint(a.stride(dim)), reverse=True)
+        order = memory_order(a)
         back = sorted(range(a.dim()), key=order.__getitem__)
         return self.call("permute", self.call("contiguous", self.call("permute", new, order)), back)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence, Set
 
 from torch.fx import Node
 
-from fuse_pass.graph.unseen_writes import is_seen_by_none_of
 from fuse_pass.graph.shapes import value_of
+from fuse_pass.graph.unseen_writes import is_seen_by_none_of
 from fuse_pass.graph.view import GraphView, Modes
 from fuse_pass.report import Reason
 

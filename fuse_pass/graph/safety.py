@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fuse_pass.graph.unseen_writes import is_seen_by_none_of
 from fuse_pass.graph.places import nodes_to_move, place_for, run_in_one_mode
 from fuse_pass.graph.shapes import is_plain, value_of
+from fuse_pass.graph.unseen_writes import is_seen_by_none_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.report import Reason
 

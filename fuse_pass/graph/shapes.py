@@ -59,6 +59,18 @@ def is_contiguous(value: torch.Tensor) -> bool:
     return _same_strides(value.shape, value.stride(), make_contiguous_strides_for(value.shape))
 
 
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor, from the one with the longest steps in memory to the one with the shortest."""
+    return sorted(range(value.dim()), key=lambda dim: size_hint(value.stride(dim)), reverse=True)
+
+
+def is_permuted_contiguous(value: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory as a new one would, but for the order of its dimensions."""
+    order = memory_order(value)
+    shape, strides = [value.shape[dim] for dim in order], [value.stride(dim) for dim in order]
+    return _same_strides(shape, strides, make_contiguous_strides_for(shape))
+
+
 def _same_strides(shape: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> bool:
     if any(same_size(size, 0) for size in shape):
         return True

@@ -147,9 +147,11 @@ class GraphView:
         x_value, weight_value = value_of(x), value_of(weight)
         if layer is None or x_value is None or weight_value is None:
             return None
-        # Unlike other products, einsum stretches an index of size 1.
+        # Unlike other products, einsum stretches an index of size 1, and of one element it makes no sum at all: under
+        # autocast its result has the dtype of a multiplication.
         in_features = weight_value.shape[0 if equation.transposed else 1]
-        return layer if same_size(x_value.shape[-1], in_features) else None
+        is_sum = same_size(x_value.shape[-1], in_features) and not same_size(in_features, 1)
+        return layer if is_sum else None
 
     def _layer(self, node: Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Linear | None:
         weight_op = self.op(weight) if transposed else None

@@ -6,11 +6,14 @@ stream of a pre-norm block, it becomes a second output. A cast before the norm i
 rows whole moves behind it: views and, where a dropout is active, windows that are put back into an image. A fake
 quantisation of what the norm reads happens inside. The norm may be written out.
 
-Declines when: an interior value has another reader; anything that writes, or switches autocast or grad mode, lies
-inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's parameters are
-computed after the sum is already read, by more than arithmetic with one parameter; a view changes the normalised dimensions; the quantisation rounds at random or
-by a scale; a norm that is written out has no eps, an unbiased variance or half-precision statistics; a tensor is a
-subclass or on another device; the user wants eager's random numbers.
+Of several norms of one sum, the first is fused with it and the others read what it yields.
+
+Declines when: an interior value has another reader; anything that writes into what is read, or another autocast or
+grad mode, lies inside; the dropout is broadcast by the sum; the norm has constants that are not numbers; the norm's
+parameters are computed after the sum is already read, by more than arithmetic with one parameter; a view changes the
+normalised dimensions; the quantisation rounds at random or by a scale; a norm that is written out has no eps, an
+unbiased variance or half-precision statistics; a tensor is a subclass or on another device; the user wants eager's
+random numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch.fx import Node
 from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, written_later
-from fuse_pass.graph.shapes import is_contiguous, same_shape, same_size, value_of
+from fuse_pass.graph.shapes import is_contiguous, is_permuted_contiguous, same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
 from fuse_pass.patterns.norm_forms import Norm, norms_of
 from fuse_pass.patterns.norm_spellings import WRITTEN_OUT
@@ -152,13 +155,13 @@ class _Sum:
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
     for norm in norms_of(view):
         # A norm that nobody reads will vanish; fused, it would keep the sum for a backward pass that never comes.
-        candidate = _ending_in(view, norm) if norm.node.users else None
+        candidate = _ending_in(view, norm, taken) if norm.node.users else None
         if candidate is not None:
             yield candidate
     yield from hidden_in_encoder_layers(view)
 
 
-def _ending_in(view: GraphView, norm: Norm) -> Candidate | None:
+def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> Candidate | None:
     path = path_from(view, norm.input)
     found = _sum_at(view, path.top)
     if found is None:  # an inactive dropout without a sum is itself what the norm is fused with
@@ -166,6 +169,8 @@ def _ending_in(view: GraphView, norm: Norm) -> Candidate | None:
         found = _sum_at(view, path.top)
     if found is None:
         return None
+    is_another = found.node in taken  # one norm of the sum yields it to the others
+    found = _Sum(found.node, found.node, None, 0, ()) if is_another else found
     vanishing = {*norm.nodes, *path.read_only_by(norm.nodes)}
     # Whatever else reads the sum gets it as a second output, unless it is a value that stays where it is.
     stays = found.residual is None and found.p == 0
@@ -176,6 +181,7 @@ def _ending_in(view: GraphView, norm: Norm) -> Candidate | None:
     words = [norm.kind.replace("_", " ")]
     words += [f"dropout {found.p}"] if drops else []
     words += ["residual"] if found.residual is not None else []
+    words += ["another of one sum"] if is_another else []
     words += ["written out"] if len(norm.nodes) > 1 else []
     words += ["sum read again"] if keeps_sum else []
     words += ["fake-quantised"] if path.quantised is not None else []
@@ -270,17 +276,17 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
     assert value is not None
     if not isinstance(shape, (tuple, list, torch.Size)) or not 0 < len(shape) <= value.dim():
         return Problem(Reason.CONSTANTS, f"normalized_shape is {shape}, expected a tuple of sizes", anchor)
-    for wanted, size in zip(shape, value.shape[-len(shape) :], strict=True):
-        if isinstance(wanted, Node) or not same_size(wanted, size):
-            return Problem(Reason.CONSTANTS, f"normalized_shape {shape} is not the end of {tuple(value.shape)}", anchor)
     for reshape in constants["reshapes"]:
         reshaped = value_of(reshape)
         if reshaped is None or not same_shape(reshaped.shape[-len(shape) :], value.shape[-len(shape) :]):
             return Problem(Reason.LAYOUT, f"{reshape.name} changes the normalised dimensions", reshape)
+    for wanted, size in zip(shape, value.shape[-len(shape) :], strict=True):
+        if isinstance(wanted, Node) or not same_size(wanted, size):
+            return Problem(Reason.CONSTANTS, f"normalized_shape {shape} is not the end of {tuple(value.shape)}", anchor)
     result = value_of(anchor)
     assert result is not None
-    if not is_contiguous(result):
-        return Problem(Reason.LAYOUT, f"{anchor.name} keeps the strides of a transposed sum", anchor)
+    if not is_permuted_contiguous(result):
+        return Problem(Reason.LAYOUT, f"{anchor.name} has strides {result.stride()}, which leave gaps", anchor)
     return _check_dtypes(candidate, value) or written_later(view, anchor, z)
 
 

@@ -29,7 +29,7 @@ from torch.fx import Node
 from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.convolution import CHANNELS, pointwise_layers
 from fuse_pass.graph.edit import Editor
-from fuse_pass.graph.experts import expert_layers
+from fuse_pass.graph.experts import expert_layers, has_experts
 from fuse_pass.graph.halves import Half, half_of
 from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import same_shape, value_of
@@ -180,6 +180,8 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
         p = through_dropout(view, walks, nodes)
         rounded = walks[-1].node if through_quantisation(view, walks, nodes) else None
         found = _product_at(view, layers, walks[-1].node)
+        if found is None and has_experts(second):
+            found = _weighted_product_at(view, layers, walks[-1].node)
         if found is not None and found.gate.layer.features == found.up.layer.features == second.features:
             nodes += [*found.nodes, *found.gate.nodes, *found.up.nodes]
             if rounded is not None:
@@ -202,6 +204,16 @@ def _product_at(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _
             if product is not None:
                 return product
     return None
+
+
+def _weighted_product_at(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _Product | None:
+    """What a router's weights multiply before the last product of shared experts."""
+    op = view.op(node)
+    if op is None or op.kind != "mul":
+        return None
+    operands = (view.walk_up(operand).node for operand in (op["input"], op["other"]) if isinstance(operand, Node))
+    found = (_product_at(view, layers, operand) for operand in operands)
+    return next((product for product in found if product is not None), None)
 
 
 def _gated_by(

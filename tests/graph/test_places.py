@@ -1,4 +1,4 @@
-"""Where an operation may be put: outside regions that hold none of what it replaces, and what may be moved before it."""
+"""Where an operation may be put: outside regions that hold none of what it replaces; what may move before it."""
 
 from __future__ import annotations
 

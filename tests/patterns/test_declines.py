@@ -301,14 +301,6 @@ def test_norm_weight_is_computed_from_the_sum() -> None:
     assert_declines(function, norm_inputs(), Reason.ORDER, "scale")
 
 
-def test_norm_two_norms_of_one_sum() -> None:
-    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        z = x + r
-        return F.layer_norm(z, (24,), w) * F.layer_norm(z, (24,), b)
-
-    assert_declines(function, norm_inputs(), Reason.OVERLAP, "z", counts={"dropout_norm": 1})
-
-
 @pytest.mark.parametrize("rest", [torch.sin, lambda a: a, lambda a: a @ a.mT], ids=["sin", "output", "product"])
 def test_dense_no_second_linear(rest: Any) -> None:
     def function(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

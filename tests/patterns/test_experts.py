@@ -48,6 +48,10 @@ GATED: dict[str, Callable[[Experts, Tensor], Tensor]] = {
     "weights stored [out, in]": lambda e, x: gated(x @ e.merged) @ e.stored_out_in.transpose(1, 2),
     "separate": lambda e, x: (F.silu(x @ e.gate) * (x @ e.up)) @ e.down,
     "glu": lambda e, x: F.glu(x @ e.merged) @ e.down,
+    "shared, weighted by a router": lambda e, x: torch.bmm(
+        F.silu(torch.bmm(x, e.gate)) * torch.bmm(x, e.up) * x.mean(-1, keepdim=True), e.stored_out_in.transpose(1, 2)
+    ),
+    "weights of a router first": lambda e, x: (x.sum(-1, True) * (F.silu(x @ e.gate) * (x @ e.up))) @ e.down,
 }
 PLAIN: dict[str, Callable[[Experts, Tensor], Tensor]] = {
     "gelu": lambda e, x: F.gelu(x @ e.up) @ e.down,
@@ -56,6 +60,7 @@ PLAIN: dict[str, Callable[[Experts, Tensor], Tensor]] = {
 OTHERS: dict[str, Callable[[Experts, Tensor], Tensor]] = {
     "attention": lambda e, x: torch.tanh(x @ x.mT) @ x,
     "a stack that is no parameter": lambda e, x: F.gelu(x @ e.up.softmax(-1)) @ e.down,
+    "a weighted value that is no product": lambda e, x: (torch.sin(x @ e.up) * x.mean(-1, keepdim=True)) @ e.down,
     "one activation without a second product": lambda e, x: F.gelu(x @ e.up),
 }
 

@@ -43,6 +43,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum that moves the features": lambda x, w: torch.einsum("bti,oi->bot", x, w).transpose(1, 2),
     "einsum that permutes the rows": lambda x, w: torch.einsum("bti,oi->tbo", x, w),
     "einsum that stretches x": lambda x, w: torch.einsum("...i,oi->...o", x[..., :1], w),
+    "einsum of one element": lambda x, w: torch.einsum("bti,oi->bto", x[..., :1], w[:, :1]),
     "einsum of three": lambda x, w: torch.einsum("bti,oi,o->bto", x, w, w[:, 0]),
     "einsum by numbers": lambda x, w: torch.einsum(x, [0, 1, 2], w, [3, 2], [0, 1, 3]),
     "weight on the left": lambda x, w: (w @ x.transpose(1, 2)).transpose(1, 2),
@@ -71,3 +72,12 @@ def test_products_that_are_no_linear(product: Callable[[Tensor, Tensor], Tensor]
 
     found = assert_fused_like_eager(alone, inputs(), counts={})
     assert found.rewritten[0] is found.originals[0]
+
+
+def test_an_einsum_of_one_element_is_a_multiplication_to_autocast() -> None:
+    def function(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.einsum("bto,io->bti", F.gelu(F.linear(x, w1[:1])), w2[:, :1])
+
+    found = assert_fused_like_eager(function, inputs(), counts={})
+    assert found.output.dtype is torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fuse_pass.patterns.dropout_norm import example_inputs
 from fuse_pass.patterns.norm_spellings import deberta, gemma, llama
@@ -144,14 +144,35 @@ def test_near_misses_stay_as_they_are(form: str) -> None:
     assert found.rewritten[0] is found.originals[0]
 
 
-def test_the_strides_of_a_transposed_sum_are_kept() -> None:
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dims", [(0, 1), (1, 2)])
+def test_the_strides_of_a_transposed_sum_are_kept(dims: tuple[int, int], dynamic: bool) -> None:
     """Elementwise arithmetic keeps them; the norms that have a name do not, and neither does the op."""
 
-    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return FORMS["pow, mean, rsqrt"](x.transpose(0, 1) + r.transpose(0, 1), w, b)
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Any:
+        z = x.transpose(*dims) + r.transpose(*dims)
+        return FORMS["pow, mean, rsqrt"](z, w[: z.shape[-1]], b), z
 
-    found = assert_fused_like_eager(function, example_inputs(), counts={})
-    assert [decline.reason for decline in found.report.declines] == [Reason.LAYOUT]
+    found = assert_fused_like_eager(function, example_inputs(), counts={"dropout_norm": 1}, dynamic=dynamic)
+    expected = function(*example_inputs().values())
+    assert [value.stride() for value in found.output] == [value.stride() for value in expected]
+
+
+def test_a_stream_that_begins_as_a_transposed_image() -> None:
+    """`conv(x).flatten(2).transpose(1, 2)`: every sum of the stream has the strides of its first operand."""
+    patch, layers = nn.Conv2d(3, 8, 2, 2), nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def function(image: Tensor, w: Tensor) -> Tensor:
+        h = patch(image).flatten(2).transpose(1, 2)
+        for layer in layers:
+            h = h + layer(FORMS["pow, mean, rsqrt"](h, w, w))
+        return FORMS["pow, mean, rsqrt"](h, w, w)
+
+    inputs = {"image": torch.randn(2, 3, 6, 4), "w": torch.randn(8).requires_grad_()}
+    found = capture(function, *inputs.values())
+    assert found.report.counts() == {"dropout_norm": 3}, str(found.report)
+    torch.testing.assert_close(found.output, function(*inputs.values()))
+    assert found.output.stride() == function(*inputs.values()).stride()
 
 
 @pytest.mark.parametrize("after", [

@@ -92,6 +92,29 @@ def test_the_last_of_parallel_branches_is_dropped_inside() -> None:
     assert "dropout" in found.report.matches[0].variant
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_every_norm_of_one_sum(p: float) -> None:
+    """GPT-NeoX norms the stream for attention and feed-forward, a scene-text reader for each of its decoders."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = r + F.dropout(x, p) + torch.sin(x)
+        return F.layer_norm(z, (24,), w) * F.rms_norm(z, (24,), b) + F.layer_norm(z.view(-1, 24), (24,), b).view_as(z)
+
+    found = assert_fused_like_eager(function, example_inputs(), counts={"dropout_norm": 3}) if p == 0 else None
+    if found is None:
+        found = assert_like_the_unfused_graph(function, 3)
+    assert found.report.declines == []
+    assert [match.variant.count("another of one sum") for match in found.report.matches] == [0, 1, 1]
+
+
+def test_every_norm_of_one_dropout() -> None:
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = F.dropout(x, 0.25)
+        return F.layer_norm(z, (24,), w) * F.layer_norm(z, (24,), b) + r
+
+    assert_fused_like_eager(function, example_inputs(), counts={"dropout_norm": 2})
+
+
 # --- recognised, but not worth it
 
 

@@ -16,7 +16,7 @@ from fuse_pass.testing.generate import generate
 
 GRAPHS = 12
 # Not of a pattern: `convert` and `calibrate` report these.
-OF_LAYERS = {Reason.NO_QUANTIZED_LAYER, Reason.EXCLUDED, Reason.DYNAMIC_SCALE}
+OF_LAYERS = {Reason.OVERLAP, Reason.NO_QUANTIZED_LAYER, Reason.EXCLUDED, Reason.DYNAMIC_SCALE}
 PRODUCED_BY: dict[Reason, Callable[[Builder], Any]] = {
     Reason.SECOND_READER: near_misses.interior_read_again,
     Reason.MUTATION: near_misses.written_between,
@@ -32,7 +32,6 @@ PRODUCED_BY: dict[Reason, Callable[[Builder], Any]] = {
     Reason.FUNCTORCH: surroundings.transformed,
     Reason.HIGHER_ORDER: surroundings.in_a_body,
     Reason.ORDER: surroundings.parameter_from_the_sum,
-    Reason.OVERLAP: surroundings.two_norms_of_one_sum,
     Reason.NO_SECOND_LINEAR: near_misses.almost_an_activation,
     Reason.COST: surroundings.columns_normed,
     Reason.OPAQUE: surroundings.hidden_in_a_layer,
