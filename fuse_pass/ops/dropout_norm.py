@@ -32,6 +32,9 @@ LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
 # long (gradients of weight and bias, 8192x768 float32: 1.7 against 3.7 ms).
 _ROWS_PER_BLOCK = 16
 
+# Of the mean, the first estimate of it: the roundings of a sum may not carry it beyond the largest number.
+_SHORT = 1 - 2.0**-14
+
 
 def _split(x: Tensor, normalized_dims: int) -> tuple[int, int]:
     """Sizes of x seen as a matrix `[rows, columns]` of independently normalised rows."""
@@ -48,8 +51,7 @@ def _dropout(x: Tensor, seed: Tensor | None, p: float, normalized_dims: int) -> 
         return x
     if p == 1:
         return torch.zeros_like(x)
-    keep = rng.keep_mask(seed, *_split(x, normalized_dims), p).view(x.shape)
-    return (x * (1 / (1 - p))).masked_fill(~keep, 0.0)
+    return rng.keep_only(x, rng.keep_mask(seed, *_split(x, normalized_dims), p), p)
 
 
 def _normalise(
@@ -65,43 +67,42 @@ def _normalise(
     dims = _last_dims(normalized_dims)
     wide = z.to(dtype).to(accumulation_dtype(dtype))
     size = math.prod(z.shape[-normalized_dims:])
-    sums: tuple[Tensor, ...] = ()
-    if norm == LAYER_NORM:
-        # The corrected two-pass algorithm (Chan, Golub, LeVeque 1983): exact for rows with a large mean, for constant
-        # ones too, and on a CPU faster than Welford's (2.9 against 4.0 ms, 2048x768).
-        total = wide.sum(dims, keepdim=True)
-        wide = wide - _average(total, size)
-        sums = total, wide.sum(dims, keepdim=True)
-    squares = (wide * wide).sum(dims, keepdim=True)
-    variance = _average(squares, size)
-    if sums:
-        rest = _average(sums[1], size)
-        wide, variance = wide - rest, variance - rest * rest
+    mean = _mean(wide, dims, size) if norm == LAYER_NORM else None
+    wide = wide if mean is None else wide - mean
+    variance = _share((wide * wide).sum(dims, keepdim=True), size)
     y = wide * torch.rsqrt(variance + eps)
     y = y.to(dtype) if round_normalised else y
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    return y.to(dtype).contiguous(), _statistics(sums, squares, size, eps)
+    return y.to(dtype).contiguous(), _statistics(mean, variance, eps)
 
 
-def _average(total: Tensor, size: int) -> Tensor:
-    """`total / size` for who reads it once per element: a product, as Inductor divides anew for each vector."""
-    return total * (1 / size) if isinstance(size, int) and size else total / size
+def _mean(wide: Tensor, dims: list[int], size: Any) -> Tensor:
+    """Means of the rows, in two steps: an estimate, and the mean of what it leaves.
+
+    For a constant row the second step is exact to far less than an ulp of the result, which is the row's own value: the
+    normalised row is 0, and no rounding is left to be divided by the root of eps. The variance is then a mean of
+    squares and not below 0, as `mean(x²) - mean(x)²` could be. Both steps sum elements that are divided already, and
+    the estimate falls a little short, so that no sum is larger than the largest element: none overflows.
+    """
+    estimate = _share(wide, size, _SHORT).sum(dims, keepdim=True)
+    return estimate + _share(wide - estimate, size).sum(dims, keepdim=True)
 
 
-def _statistics(sums: Sequence[Tensor], squares: Tensor, size: int, eps: float) -> Tensor:
-    """Mean and rstd for backward, `[2, *squares.shape]`.
+def _share(total: Tensor, size: Any, of: float = 1.0) -> Tensor:
+    """`total * of / size`, by a product where it can be, as Inductor divides anew for each vector."""
+    return total * (of / size) if isinstance(size, int) and size else total * of / size
+
+
+def _statistics(mean: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """Mean and rstd for backward, `[2, *variance.shape]`.
 
     One tensor of two rows, which Inductor computes in a loop of its own. Two tensors with an element per row would be
     computed between the steps on z, each of which would then be a pass over memory (3.8 against 3.2 ms, 8192x768).
     """
-    mean, variance = torch.zeros_like(squares), _average(squares, size)
-    if sums:
-        rest = _average(sums[1], size)
-        mean, variance = _average(sums[0], size) + rest, variance - rest * rest
     rstd = torch.rsqrt(variance + eps)
     is_mean = torch.arange(2, device=rstd.device).view(2, *(1,) * rstd.dim()) == 0
-    return torch.where(is_mean, mean, rstd)
+    return torch.where(is_mean, torch.zeros_like(rstd) if mean is None else mean, rstd)
 
 
 def _add(x: Tensor, residual: Tensor | None, residual_first: bool) -> Tensor:
@@ -129,6 +130,8 @@ def _forward(
     """Returns y, z (empty where it would be x itself) and the statistics."""
     z = _dropout(x, seed, p, normalized_dims)
     z = _add(z, residual, residual_first)
+    if _is_empty(z):
+        return _of_nothing(x, z, norm_dtype, normalized_dims, _has_sum(residual, seed, p))
     if seed is not None and 0 < p < 1 and z.device.type == "cpu":
         # Inductor makes three loops for a CPU, each of which would hash anew (0.33 against 0.17 ms, 512x768). Without
         # dropout z is cheaper to add up again than to store, should nobody else want it.
@@ -137,6 +140,25 @@ def _forward(
     dtype = norm_dtype or z.dtype
     y, statistics = _normalise(seen, weight, bias, eps, normalized_dims, norm, dtype, round_normalised)
     return y, x.new_empty(0) if z is x else z, statistics
+
+
+def _is_empty(z: Tensor) -> bool:
+    """False where that is only known at run time."""
+    elements = z.numel()
+    return isinstance(elements, int) and elements == 0
+
+
+def _of_nothing(
+    x: Tensor, z: Tensor, norm_dtype: torch.dtype | None, normalized_dims: int, has_sum: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results without elements. What arithmetic makes of such tensors has strides that fake tensors do not know."""
+    dtype = norm_dtype or z.dtype
+    rows = z.shape[: z.dim() - normalized_dims]
+    return (
+        x.new_empty(z.shape, dtype=dtype),
+        z.new_empty(z.shape if has_sum else 0),
+        x.new_zeros((2, *rows, *(1,) * normalized_dims), dtype=accumulation_dtype(dtype)),
+    )
 
 
 def _backward(
@@ -181,9 +203,9 @@ def _backward(
             grad_normalised = grad_normalised * weight
         dims = _last_dims(normalized_dims)
         size = math.prod(z.shape[-normalized_dims:])
-        projection = _average((grad_normalised * normalised).sum(dims, keepdim=True), size)
+        projection = _share((grad_normalised * normalised).sum(dims, keepdim=True), size)
         if norm == LAYER_NORM:  # first, while the two are of one magnitude and the difference is exact
-            grad_normalised = grad_normalised - _average(grad_normalised.sum(dims, keepdim=True), size)
+            grad_normalised = grad_normalised - _share(grad_normalised.sum(dims, keepdim=True), size)
         grad = grad_normalised - normalised * projection
         grad = (grad * rstd).to(dtype).to(z.dtype)
         grad = grad if grad_z is None else grad + grad_z
@@ -231,6 +253,8 @@ def _fake(
     round_normalised: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = torch.empty_like(x) if residual is None else _add(x, residual, residual_first)
+    if _is_empty(z):
+        return _of_nothing(x, z, norm_dtype, normalized_dims, _has_sum(residual, seed, p))
     dtype = norm_dtype or z.dtype
     rows = z.shape[: z.dim() - normalized_dims]
     return (

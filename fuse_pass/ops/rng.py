@@ -55,6 +55,15 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     return random_bits(seed, rows, columns) >= threshold
 
 
+def keep_only(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """`x / (1 - p)` where `keep` (of any shape with as many elements) is True, 0 elsewhere; has the strides of
+    `F.dropout(x, p)`, which are those of x where x has no gaps.
+    """
+    kept = (x * (1 / (1 - p))).masked_fill(~keep.view(x.shape), 0.0)  # contiguous, whatever x is
+    like = torch.empty_like(x)
+    return kept if kept.stride() == like.stride() else torch.ops.aten.copy(like, kept)
+
+
 def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """`x / (1 - p)` where `keep_mask` is True, exactly 0 elsewhere; `x [rows, columns]` itself without a seed.
 

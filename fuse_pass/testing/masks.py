@@ -39,8 +39,7 @@ def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """Keeps the strides of x, as `F.dropout` does."""
     if p == 1:
         return torch.zeros_like(x)
-    keep = rng.keep_mask(seed, x.numel(), 1, p).view(x.shape)
-    return (x * (1 / (1 - p))).masked_fill(~keep, 0.0)
+    return rng.keep_only(x, rng.keep_mask(seed, x.numel(), 1, p), p)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
