@@ -13,7 +13,8 @@ from fuse_pass.machine import cpu_name, instruction_set
 
 def pytest_report_header() -> str:
     """Which kind of processor these results are of: `make test-other-cpu` makes a rich one answer as a poor one."""
-    return f"processor: {cpu_name()}, {instruction_set()}, Inductor {compat.vector_instructions()}, {onednn.abilities()}"
+    offers = (cpu_name(), instruction_set(), f"Inductor {compat.vector_instructions()}", onednn.abilities())
+    return f"processor: {', '.join(offers)}"
 
 
 @pytest.fixture(autouse=True)
