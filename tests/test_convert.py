@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fuse_pass
-from fuse_pass import convert
+from fuse_pass import calibrate, convert, fake_quantize
 from fuse_pass import nn as fuse_nn
-from fuse_pass.nn.quantized import QuantizedLayer
-from fuse_pass.spec import QuantSpec
+from fuse_pass.nn.quantized import QuantizedDropout, QuantizedLayer, QuantizedLinear
+from fuse_pass.spec import QuantSpec, Site
 
 
 class Model(nn.Module):
@@ -200,3 +200,26 @@ def test_the_fast_path_of_encoder_layers_does_not_skip_quantised_parts(spec: str
         back = convert(converted, None)
         assert back.use_nested_tensor == model.use_nested_tensor
         assert back.layers[0].activation_relu_or_gelu == model.layers[0].activation_relu_or_gelu
+
+
+def test_dropout_is_left_alone_unless_its_type_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.AlphaDropout(0.5))
+    assert [type(m) for m in convert(model, "int8")] == [QuantizedLinear, nn.Dropout, nn.AlphaDropout]
+    assert [type(m) for m in convert(model, {"*": "int8"})] == [QuantizedLinear, nn.Dropout, nn.AlphaDropout]
+    named = convert(model, {nn.Linear: "int8", nn.Dropout: QuantSpec(input="fp4_e2m1", output="int8", grad="fp8_e5m2")})
+    assert [type(m) for m in named] == [QuantizedLinear, QuantizedDropout, nn.AlphaDropout]
+    x = torch.randn(4, 8)
+    torch.manual_seed(3)
+    trained = named[1](x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(fake_quantize(x, "fp4_e2m1"), 0.5, True)
+    assert torch.equal(trained, fake_quantize(dropped, "int8"))
+    assert named.eval()[1](x) is x, "nothing is dropped, and nothing is quantised"
+
+
+def test_calibration_gives_dropout_the_scales_of_training() -> None:
+    model = convert(nn.Dropout(0.5), {nn.Dropout: QuantSpec(input=Site("int8", scale="static"))})
+    calibrate(model, [torch.tensor([-127.0, 2.0])])
+    assert model.input_scale == 1
+    assert torch.equal(model.eval()(torch.tensor([0.3])), torch.tensor([0.3]))
+    assert model.train()(torch.full((50,), 0.7)).unique().tolist() == [0, 2]
