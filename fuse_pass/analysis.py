@@ -28,8 +28,8 @@ def coverage(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         *args: its positional arguments.
         **kwargs: its keyword arguments.
     """
+    model = getattr(model, "_orig_mod", model)  # first: a wrapped module names its bare `forward` too
     model = getattr(model, "_torchdynamo_orig_callable", model)
-    model = getattr(model, "_orig_mod", model)
     report = Report()
 
     def look(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:

@@ -28,13 +28,15 @@ class Stateful(nn.Module):
         return self.norm(x + self.dropout(y))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_left_behind(training: bool) -> None:
+def test_nothing_is_left_behind(training: bool, compiled: bool) -> None:
     model = Stateful().train(training)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    report = fuse_pass.coverage(model, torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    looked_at = torch.compile(model, backend="eager") if compiled else model
+    report = fuse_pass.coverage(looked_at, torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
     assert report.counts() == {"dense_act_dense": 1, "dropout_norm": 1}
     assert all(module.training is training for module in model.modules())
     assert {name: id(buffer) for name, buffer in model.named_buffers()} == buffers
