@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.report import Report
+from fuse_pass.report import Report, noting_what_is_left_out
 
 
 def coverage(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -36,7 +36,7 @@ def coverage(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         report.extend(FuseBackend(strict=True).rewrite(gm)[1])
         return gm.forward
 
-    with _restored(model):
+    with _restored(model), noting_what_is_left_out(report):
         torch.compile(_call_of(model), backend=look)(*args, **kwargs)
     return report
 

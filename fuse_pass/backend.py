@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -21,11 +22,12 @@ from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks
 from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key
+from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.inductor.masked_softmax import MaskedSoftmax
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
 from fuse_pass.ops.dropout_masks import OwnMasks
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant, prepack
-from fuse_pass.report import Report, publish
+from fuse_pass.report import Note, Reason, Report, publish
 from fuse_pass.spec import QuantSpec, spec_of
 
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
@@ -163,6 +165,8 @@ class FuseBackend:
                 stacklevel=2,
             )
             return fallback, known
+        if is_piece_for_ddp(gm):
+            _name_cuts(report, gm.graph)
         return (_recompiled(fused), report) if report.matches else (gm, report)
 
     def _passes(self) -> Iterator[tuple[str, Callable[[Graph, Situation], Report]]]:
@@ -176,6 +180,17 @@ class FuseBackend:
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name], operations=operations)
         if self.prepack:
             yield prepack.PATTERN.name, functools.partial(apply, prepack.PATTERN, operations=operations)
+
+
+def _name_cuts(report: Report, graph: Graph) -> None:
+    """Tells what a piece of a graph hands on to the next from what nothing reads."""
+    handed_on = {node.name for node in graph.nodes if node.users and all(user.op == "output" for user in node.users)}
+    for i, decline in enumerate(report.declines):
+        if decline.reason is Reason.NO_SECOND_LINEAR and decline.node in handed_on:
+            detail = f"{decline.node} is handed to the next piece of the graph, which is compiled alone"
+            report.declines[i] = dataclasses.replace(decline, reason=Reason.SPLIT, detail=detail)
+    detail = "DistributedDataParallel has cut the graph into pieces by their gradients; nothing is fused across a cut."
+    report.notes.append(Note(Reason.SPLIT, detail))
 
 
 def _recompiled(module: GraphModule) -> GraphModule:

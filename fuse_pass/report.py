@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from tabulate import tabulate
 
+from fuse_pass.inductor import dynamo
+
 
 class Reason(StrEnum):
     """Why a candidate was left as it was."""
@@ -37,6 +39,11 @@ class Reason(StrEnum):
     NO_QUANTIZED_LAYER = "no quantised layer"
     EXCLUDED = "excluded"
     DYNAMIC_SCALE = "scale stays dynamic"
+    SPLIT = "cut apart for DistributedDataParallel"
+    OTHER_BACKEND = "compiled by another backend"
+    SWITCHED_OFF = "compilation is switched off"
+    RECOMPILE_LIMIT = "recompile limit"
+    REUSED = "compiled before"
 
 
 ADVICE: dict[Reason, str] = {
@@ -62,6 +69,11 @@ ADVICE: dict[Reason, str] = {
     Reason.NO_QUANTIZED_LAYER: "use the `torch.nn` layer itself where a subclass is not needed",
     Reason.EXCLUDED: "nothing: the caller asked for it",
     Reason.DYNAMIC_SCALE: "nothing: the scale is taken from each tensor, as before calibration",
+    Reason.SPLIT: "set torch._dynamo.config.optimize_ddp = False, or give DistributedDataParallel larger buckets",
+    Reason.OTHER_BACKEND: 'compile the outer model with backend="fuse_pass", or call the inner one outside it',
+    Reason.SWITCHED_OFF: "undo that setting while the model is called",
+    Reason.RECOMPILE_LIMIT: "pass dynamic=True, call mark_dynamic on sizes that vary, or raise config.recompile_limit",
+    Reason.REUSED: "open collect() before the first call, or call torch.compiler.reset() in between",
 }
 
 
@@ -105,13 +117,30 @@ class Decline:
     node: str
 
 
+@dataclass(frozen=True)
+class Note:
+    """What no single node of a graph is the cause of.
+
+    Attributes:
+        reason: the named reason, for which there is advice.
+        detail: the reason in this case, in a sentence.
+    """
+
+    reason: Reason
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.detail} Advice: {ADVICE[self.reason]}."
+
+
 @dataclass
 class Report:
-    """Matches and declines of one or several compiled graphs."""
+    """Matches and declines of one or several compiled graphs, and what kept others from being compiled so."""
 
     matches: list[Match] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)
     graphs: int = 0
+    notes: list[Note] = field(default_factory=list)
 
     def counts(self) -> Counter[str]:
         """Number of matches per pattern; a pattern without a match is absent and reads as 0."""
@@ -121,6 +150,7 @@ class Report:
         self.matches += other.matches
         self.declines += other.declines
         self.graphs += other.graphs
+        self.notes += [note for note in other.notes if note not in self.notes]
 
     def __str__(self) -> str:
         parts = [self._summary()]
@@ -130,10 +160,12 @@ class Report:
             parts.append(
                 "Not fused:\n" + _table(("pattern", "where", "source", "node", "reason", "detail"), self.declines)
             )
-        return "\n\n".join(parts)
+        return "\n\n".join(parts + [str(note) for note in self.notes])
 
     def _summary(self) -> str:
         if self.graphs == 0:
+            if self.notes:
+                return "No graph reached fuse_pass."
             return (
                 "No graph reached fuse_pass: nothing was compiled, or Dynamo left the code to eager PyTorch "
                 "(it does so with a whole function that calls nn.LSTM, nn.GRU or nn.RNN)."
@@ -147,6 +179,7 @@ def _table(columns: tuple[str, ...], rows: list[Match] | list[Decline]) -> str:
 
 
 _COLLECTORS: ContextVar[tuple[Report, ...]] = ContextVar("fuse_pass_collectors", default=())
+_EVER_PUBLISHED: list[bool] = []
 
 
 @contextlib.contextmanager
@@ -157,17 +190,52 @@ def collect() -> Iterator[Report]:
             fast(x)
         print(report)
 
-    Compilation happens at the first call with new shapes; a call that reuses compiled code adds nothing.
+    Compilation happens at the first call with new shapes; a call that reuses compiled code adds nothing. Where no graph
+    came, or Dynamo left code alone, the report says why once the context is closed.
     """
     report = Report()
     token = _COLLECTORS.set((*_COLLECTORS.get(), report))
     try:
-        yield report
+        with noting_what_is_left_out(report):
+            yield report
     finally:
         _COLLECTORS.reset(token)
 
 
+@contextlib.contextmanager
+def noting_what_is_left_out(report: Report) -> Iterator[None]:
+    """Adds notes to a report about code that ran in the context and that no graph in the report stands for."""
+    before, switched_off = dynamo.progress(), dynamo.switched_off_by()
+    yield
+    steps = dynamo.progress().since(before)
+    report.notes += _left_out(report.graphs, steps, switched_off or dynamo.switched_off_by())
+
+
+def _left_out(graphs: int, steps: dynamo.Progress, switched_off: str | None) -> Iterator[Note]:
+    if steps.left_alone:
+        yield Note(Reason.SWITCHED_OFF, "A function behind torch.compiler.disable ran eagerly.")
+    if steps.given_up:
+        detail = "Dynamo has compiled a function as often as its recompile limit allows; it runs eagerly from there on."
+        yield Note(Reason.RECOMPILE_LIMIT, detail)
+    if graphs or steps.left_alone or steps.given_up:
+        return
+    if switched_off is not None:
+        yield Note(Reason.SWITCHED_OFF, f"Nothing new is compiled under {switched_off}.")
+    elif steps.graphs:
+        count = f"{steps.graphs} graph{'' if steps.graphs == 1 else 's'}"
+        detail = (
+            f"Dynamo captured {count} for another backend; an outer torch.compile takes in what fuse_pass compiled."
+        )
+        yield Note(Reason.OTHER_BACKEND, detail)
+    elif _EVER_PUBLISHED:
+        yield Note(
+            Reason.REUSED,
+            "Nothing was compiled here: calls reuse what was compiled before, or no code may be compiled.",
+        )
+
+
 def publish(report: Report) -> None:
     """Hands the report of one graph to every open `collect()`."""
+    _EVER_PUBLISHED[:] = [True]
     for collector in _COLLECTORS.get():
         collector.extend(report)

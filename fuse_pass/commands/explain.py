@@ -24,6 +24,8 @@ def run(options: argparse.Namespace) -> None:
         rows = [[d.pattern, d.where, d.source, d.node, str(d.reason), d.detail] for d in report.declines]
         if rows:
             print(tabulate(rows, headers=["pattern", "where", "source", "node", "reason", "detail"]) + "\n")
+        for note in report.notes:
+            print(f"{note}\n")
         reasons.update(decline.reason for decline in report.declines)
     if reasons:
         advice = [[times, str(reason), ADVICE[reason]] for reason, times in reasons.most_common()]
