@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fuse_pass.backend import FuseBackend
+from fuse_pass.inductor import private
 from fuse_pass.report import Report, noting_what_is_left_out
 
 
@@ -28,8 +29,7 @@ def coverage(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         *args: its positional arguments.
         **kwargs: its keyword arguments.
     """
-    model = getattr(model, "_orig_mod", model)  # first: a wrapped module names its bare `forward` too
-    model = getattr(model, "_torchdynamo_orig_callable", model)
+    model = private.uncompiled(model)
     report = Report()
 
     def look(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def _restored(model: Callable[..., Any]) -> Iterator[None]:
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in modules
-        for name, buffer in module._buffers.items()
+        for name, buffer in private.buffers_of(module).items()
     ]
     python_state = random.getstate()
     try:
@@ -74,4 +74,4 @@ def _restored(model: Callable[..., Any]) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
-                module._buffers[name] = buffer
+                private.buffers_of(module)[name] = buffer

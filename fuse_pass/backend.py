@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch._dynamo.backends.registry import register_backend
 from torch.fx import Graph, GraphModule
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
@@ -20,7 +18,7 @@ from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.view import GraphView
-from fuse_pass.inductor import compat, input_checks
+from fuse_pass.inductor import compat, input_checks, private
 from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.inductor.masked_softmax import MaskedSoftmax
@@ -259,7 +257,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def _calls_our_ops(module: GraphModule) -> bool:
     """Whether any graph calls an op of ours, put there by a pattern or by a module of `fuse_pass.nn`."""
     return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fuse_pass"
+        isinstance(node.target, private.OpOverload) and node.target.namespace == "fuse_pass"
         for child in module.modules()
         if isinstance(child, GraphModule)
         for node in child.graph.nodes
@@ -277,7 +275,7 @@ def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None, _Autocast]
 
 def _chooses_what_to_keep(body: Any) -> bool:
     """Whether it is that of a selective checkpoint, whose policy asks op by op and does not know ours."""
-    return isinstance(body, GraphModule) and "_checkpoint_context_fn" in body.meta
+    return isinstance(body, GraphModule) and private.has_policy(body)
 
 
 def _bodies(
@@ -287,7 +285,7 @@ def _bodies(
     callers: dict[str, str | None] = {}
     surroundings: dict[str, _Autocast] = {}
     for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, private.HigherOrderOperator):
             name = node.target.name()
             regions = tuple(view.autocast_stack(node))
             for argument in node.all_input_nodes:
@@ -304,6 +302,6 @@ def _bodies(
 
 
 fuse_backend = FuseBackend()
-register_backend(fuse_backend, name="fuse_pass_backend")
+private.register_backend(fuse_backend, name="fuse_pass_backend")
 if not compat.is_known_backend("fuse_pass"):  # no entry point has brought us here: an import, or a source tree
-    register_backend(fuse_backend, name="fuse_pass")
+    private.register_backend(fuse_backend, name="fuse_pass")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fuse_pass.formats import Format, IntFormat
+from fuse_pass.inductor import private
 from fuse_pass.nn import FusedDenseGELUDense, Int8Linear
 from fuse_pass.nn.quantized import LAYER_FOR, QuantizedLayer
 from fuse_pass.nn.quantized.base import whole_weight
@@ -104,10 +105,10 @@ def _converted(module: nn.Module, name: str, chosen: _Choice, report: Report, tw
     new = _swapped(module, name, chosen, report)
     twins[id(module)] = new
     if new is module:  # the parts of a replaced layer belong to its arithmetic
-        for child_name, child in list(module._modules.items()):
+        for child_name, child in list(private.children_of(module).items()):
             if child is not None:
                 path = f"{name}.{child_name}" if name else child_name
-                module._modules[child_name] = _converted(child, path, chosen, report, twins)
+                private.children_of(module)[child_name] = _converted(child, path, chosen, report, twins)
     return new
 
 
@@ -121,7 +122,9 @@ def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> n
         return _declined(module, name, report, Reason.OVERLAP, "is quantised already")
     layer = LAYER_FOR.get(type(module))
     if layer is None:
-        if not module._modules and (list(module.parameters(recurse=False)) or isinstance(module, tuple(LAYER_FOR))):
+        if not private.children_of(module) and (
+            list(module.parameters(recurse=False)) or isinstance(module, tuple(LAYER_FOR))
+        ):
             detail = f"{type(module).__name__} has no quantised layer"
             return _declined(module, name, report, Reason.NO_QUANTIZED_LAYER, detail)
         return module

@@ -134,7 +134,7 @@ def _measured(rows: list[Row], costs: list[Cost], options: argparse.Namespace) -
     ]
     for number, (name, one) in enumerate(measure, 1):
         _say(f"[{number}/{len(measure)}] {name}: ")
-        torch._dynamo.reset()
+        torch.compiler.reset()
         torch.manual_seed(0)
         try:
             result.results.append(one())

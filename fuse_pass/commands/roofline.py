@@ -65,7 +65,7 @@ def _providers(x: Tensor, weight: Tensor) -> Iterator[Callable[[], object]]:
     yield lambda: torch.mm(x, weight.t())
     linear = compat.onednn_linear()
     if x.device.type == "cpu" and linear is not None and x.dtype in (torch.float32, *_HALVES):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+        packed = compat.pack_onednn_weight(weight, x.shape[0])
         yield lambda: linear(x, weight, None, "none", [], "")
         yield lambda: linear(x, packed, None, "none", [], "")
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from fuse_pass.inductor import private
+
 aten = torch.ops.aten
 
 
@@ -186,7 +188,7 @@ _TABLE: tuple[_Row, ...] = (
     ("hardsigmoid", _unary_in_place_option, (F.hardsigmoid, aten.hardsigmoid.default)),
     ("glu", _glu, (F.glu, aten.glu.default)),
     # a whole nn.TransformerEncoderLayer in eval, as one call
-    ("encoder_layer", _variadic, (torch._transformer_encoder_layer_fwd,)),
+    ("encoder_layer", _variadic, (private.ENCODER_LAYER,)),
 )
 
 # Spellings that write into their first argument, by the spelling that does not.

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from fuse_pass.graph.places import nodes_to_move, place_for
 from fuse_pass.graph.shapes import is_plain, memory_order, same_shape, same_strides, value_of
 from fuse_pass.graph.view import GraphView
+from fuse_pass.inductor import private
 
 
 class RewriteError(RuntimeError):
@@ -37,15 +35,13 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
     for node in module.graph.nodes:
         if node.op == "output":
             new_output.meta = dict(node.meta)
-    with _use_lazy_graph_module(True):  # as Dynamo's own: its code is written when somebody asks for it
-        copy = _make_graph_module(module, graph)
+    copy = private.lazy_graph_module(module, graph)
     copy.meta.update(module.meta)
     for name in ("_param_name_to_source",):
         if hasattr(module, name):
             setattr(copy, name, getattr(module, name))
     for original, twin in twins.items():
-        if hasattr(original, "_dynamo_source"):
-            twin._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+        private.share_source(original, twin)
     for name, child in module.named_children():
         if isinstance(child, GraphModule) and hasattr(copy, name):
             setattr(copy, name, copy_graph_module(child))
@@ -137,7 +133,7 @@ class Editor:
             pre_dispatch: record what PyTorch is called with, before autocast and autograd look at it.
         """
         # With no table at all, torch 2.14 writes `detach` as `alias`, through which gradients flow.
-        record = make_fx(function, decomposition_table={}, pre_dispatch=pre_dispatch)
+        record = private.make_fx(function, decomposition_table={}, pre_dispatch=pre_dispatch)
         with self._surroundings():
             traced = record(*(node.meta["example_value"] for node in nodes))
         for node in traced.graph.nodes:
@@ -165,7 +161,7 @@ class Editor:
         arguments, options = map_arg((arguments, options), self.current)
         return self._add(target, arguments, options, self._fake_result(target, arguments, options))
 
-    def call_ours(self, op: torch._ops.OpOverload, *arguments: Any) -> Node:
+    def call_ours(self, op: private.OpOverload, *arguments: Any) -> Node:
         """Adds a call of an op of ours, with the fake value of the last call that was like it.
 
         Its fake kernel takes long, and the layers of a model call it again and again with tensors of the same sizes.
@@ -250,8 +246,9 @@ class Editor:
             # The mode of the neighbours: the one that is active while a backend runs is another, not to be mixed in.
             values = self._like.meta["example_value"]
             like = values[0] if isinstance(values, (tuple, list)) and values else values
-            if isinstance(like, FakeTensor):
-                stack.enter_context(like.fake_mode)
+            mode = private.fake_mode_of(like)
+            if mode is not None:
+                stack.enter_context(mode)
             stack.enter_context(torch.no_grad())
             for device_type, dtype, enabled, cache in self._view.autocast_stack(self._like):
                 stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function
-from torch.utils._pytree import tree_map
 
 from fuse_pass.graph.edit import Editor, RewriteError
+from fuse_pass.inductor import private
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -67,7 +67,7 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":  # an attribute such as `shape`
             return function(*args, **(kwargs or {}))
         target = name if getattr(Tensor, name, None) is function else function
-        arguments, options = tree_map(self.node_of, (tuple(args), kwargs or {}))
+        arguments, options = private.tree_map(self.node_of, (tuple(args), kwargs or {}))
         node = self._editor.call(target, *arguments, **options)
         result = node.meta["example_value"]
         if isinstance(result, Tensor):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._prims_common import make_contiguous_strides_for
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fuse_pass.inductor import private
 
 
 def value_of(node: Any) -> torch.Tensor | None:
@@ -21,25 +20,24 @@ def value_of(node: Any) -> torch.Tensor | None:
 def is_plain(value: torch.Tensor) -> bool:
     """A strided tensor (or Parameter) of the ordinary class: no subclass, no functorch wrapper, not sparse."""
     return (
-        isinstance(value, FakeTensor)
-        and type(value) in (FakeTensor, torch.nn.Parameter)
+        private.is_fake(value)
+        and private.is_plain_class(value)
         and (value.layout is torch.strided and not value.is_nested)
     )
 
 
 def memory_of(value: torch.Tensor) -> int:
     """What tensors that share memory have in common; a torch.func transform writes into what it wraps."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
-    storage: int = value.untyped_storage()._cdata
-    return storage
+    while private.is_transformed(value):
+        value = private.unwrapped(value)
+    return private.address_of(value)
 
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input that the graph is valid for."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return statically_known_true(a == b)
+    return private.statically_known_true(a == b)
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -56,7 +54,7 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def is_contiguous(value: torch.Tensor) -> bool:
     """Whether a tensor lies in memory as a new one of its shape would."""
-    return _same_strides(value.shape, value.stride(), make_contiguous_strides_for(value.shape))
+    return _same_strides(value.shape, value.stride(), private.contiguous_strides_of(value.shape))
 
 
 def memory_order(value: torch.Tensor) -> list[int]:
@@ -68,7 +66,7 @@ def is_permuted_contiguous(value: torch.Tensor) -> bool:
     """Whether a tensor lies in memory as a new one would, but for the order of its dimensions."""
     order = memory_order(value)
     shape, strides = [value.shape[dim] for dim in order], [value.stride(dim) for dim in order]
-    return _same_strides(shape, strides, make_contiguous_strides_for(shape))
+    return _same_strides(shape, strides, private.contiguous_strides_of(shape))
 
 
 def _same_strides(shape: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> bool:

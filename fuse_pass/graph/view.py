@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch.fx import Graph, Node
 
 from fuse_pass.graph.canonical import Op, Operations, canonical, is_weight_transpose
 from fuse_pass.graph.einsum import linear_equation
 from fuse_pass.graph.shapes import keeps_rows, memory_of, same_size, value_of
+from fuse_pass.inductor import private
 from fuse_pass.report import Reason
 
 
@@ -293,7 +293,7 @@ class GraphView:
                 is_open = inference if reason is Reason.GRAD_MODE else autocast
                 if closed := [enter for enter in is_open if enter in node.args]:
                     is_open[:] = [enter for enter in is_open if enter not in closed]
-                elif node.target is not torch.amp.autocast_mode._exit_autocast:
+                elif node.target is not private.AUTOCAST_EXIT:
                     is_open.append(node)
             switches.append(i)
             modes.append(Modes((*self._autocast, *(enter.args for enter in autocast)), tuple(inference), grad))
@@ -314,7 +314,7 @@ def _allocates(node: Node) -> bool:
     call = node.args[0] if is_first else node
     if not isinstance(call, Node) or call.op != "call_function":
         return False
-    is_ours = isinstance(call.target, torch._ops.OpOverload) and call.target.namespace == "fuse_pass"
+    is_ours = isinstance(call.target, private.OpOverload) and call.target.namespace == "fuse_pass"
     return is_ours or node.target in _ALLOCATING
 
 
@@ -343,9 +343,9 @@ _IN_PLACE_OPERATORS = (
 )  # fmt: skip
 # `max_norm` rescales the weight of an embedding, the running mean of a batch norm is updated.
 _WRITING_OPTIONS = ("max_norm", "running_mean")
-_NUMPY_CALLS = (numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper)
-_GRAD_SWITCHES = (torch._C._set_grad_enabled, torch.autograd.grad_mode.set_grad_enabled)
-_AUTOCAST_SWITCHES = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+_NUMPY_CALLS = private.NUMPY_CALLS
+_GRAD_SWITCHES = private.GRAD_SWITCHES
+_AUTOCAST_SWITCHES = (private.AUTOCAST_ENTER, private.AUTOCAST_EXIT)
 
 
 def barrier(node: Node, operation_of: Callable[[Node], Op | None] = canonical) -> Reason | None:
@@ -364,11 +364,9 @@ def barrier(node: Node, operation_of: Callable[[Node], Op | None] = canonical) -
 
 def _mutates(node: Node, operation_of: Callable[[Node], Op | None]) -> bool:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, (private.OpOverload, private.OpOverloadPacket)):
+        return private.may_write(target)
+    if isinstance(target, private.HigherOrderOperator):
         return True  # its body may
     if target in _IN_PLACE_OPERATORS or node.kwargs.get("out") is not None:
         return True

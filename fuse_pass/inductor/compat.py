@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that fuse_pass relies on, checked against torch 2.11 to 2.15."""
+"""What fuse_pass asks of Inductor and of PyTorch's build, the same for torch 2.11 to 2.15."""
 
 from __future__ import annotations
 

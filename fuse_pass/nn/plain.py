@@ -9,16 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fuse_pass.inductor import private
+
 
 def is_untouched(part: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether a part is exactly the `torch.nn` module it was built as, without a hook that a fused op would skip."""
-    hooks = (
-        part._forward_hooks,
-        part._forward_pre_hooks,
-        part._backward_hooks,
-        part._backward_pre_hooks,
-    )
-    return type(part) is expected and "forward" not in vars(part) and not any(hooks)
+    return type(part) is expected and "forward" not in vars(part) and not private.has_hooks(part)
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -36,7 +32,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 def _is_transformed(tensor: Tensor) -> bool:
     """Whether torch.func.vmap, grad or their like wrap the tensor."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch.compiler.is_compiling() and private.is_transformed(tensor)
 
 
 def records_gradient(*tensors: Tensor | None) -> bool:

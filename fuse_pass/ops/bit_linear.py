@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuse_pass.inductor import private
 from fuse_pass.ops.bit_codes import (
     activation_codes,
     dequantised_activations,
@@ -51,7 +52,7 @@ def _apply_codes(
     if bias is not None:
         y = y + bias
     # No view for autograd: users may write into the result of a layer.
-    return torch.ops.aten._unsafe_view(y.to(out_dtype or x.dtype), (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+    return private.unsafe_view(y.to(out_dtype or x.dtype), (*x.shape[:-1], y.shape[-1]))
 
 
 def _forward(

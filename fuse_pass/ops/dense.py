@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import compat, gemm, onednn
+from fuse_pass.inductor import compat, gemm, onednn, private
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.library import (
     accumulation_dtype,
@@ -41,7 +41,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
     """`y [rows, features] → [..., features]`; no view for autograd: users may write into the result of a layer."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+    return private.unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, prepack: bool = False) -> Tensor:

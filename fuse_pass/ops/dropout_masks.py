@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.pattern_matcher import (
+from torch.fx import Graph, Node
+
+from fuse_pass.inductor.partition import recompute_in_backward
+from fuse_pass.inductor.private import (
     CallFunction,
+    CustomGraphPass,
     Ignored,
     KeywordArg,
     Match,
     PatternMatcherPass,
+    prims,
     register_graph_pattern,
 )
-from torch.fx import Graph, Node
-
-from fuse_pass.inductor.partition import recompute_in_backward
 from fuse_pass.ops import rng
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 _patterns = PatternMatcherPass(pass_name="fuse_pass_dropout_masks")
 _UNIFORM = CallFunction(prims.inductor_random.default, KeywordArg("size"), KeywordArg("seed"), "rand")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, private
 
 LIBRARY = torch.library.Library("fuse_pass", "DEF")
 
@@ -28,7 +28,7 @@ def define(
     dispatch_key: str = "CompositeExplicitAutograd",
     decompose: bool = True,
     tags: Sequence[torch.Tag] = (),
-) -> torch._ops.OpOverload:
+) -> private.OpOverload:
     """Registers `fuse_pass::name` with its eager `body` and its `fake` kernel (shapes only, adds no guards).
 
     Args:
@@ -49,22 +49,19 @@ def define(
     return op  # type: ignore[no-any-return]
 
 
-def define_autograd(
-    op: torch._ops.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> None:
+def define_autograd(op: private.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Registers the gradient of `op`, as `torch.library.register_autograd` does."""
-    torch.library.register_autograd(op._name, backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def define_autocast(op: torch._ops.OpOverload, device_type: str, rule: Callable[..., Any]) -> None:
+def define_autocast(op: private.OpOverload, device_type: str, rule: Callable[..., Any]) -> None:
     """Under autocast on `device_type`, `op(*args)` becomes `rule(op, *args)`, which runs with autocast off."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
 
     def kernel(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        with private.without_autocast(device_type):
             return rule(op, *args)
 
-    LIBRARY.impl(op._opname, kernel, f"Autocast{device_type.upper()}")
+    LIBRARY.impl(op, kernel, f"Autocast{device_type.upper()}")
 
 
 def cast_for_autocast(value: Any, device_type: str) -> Any:
@@ -74,14 +71,14 @@ def cast_for_autocast(value: Any, device_type: str) -> Any:
     return value
 
 
-def autocast_as_products(*ops: torch._ops.OpOverload) -> None:
+def autocast_as_products(*ops: private.OpOverload) -> None:
     """Lets autocast, on CPU and CUDA, cast every argument of these ops as it casts those of `F.linear`."""
     for op in ops:
         for device_type in ("cpu", "cuda"):
             define_autocast(op, device_type, functools.partial(_cast_arguments, device_type))
 
 
-def _cast_arguments(device_type: str, op: torch._ops.OpOverload, *arguments: Any) -> Any:
+def _cast_arguments(device_type: str, op: private.OpOverload, *arguments: Any) -> Any:
     return op(*(cast_for_autocast(argument, device_type) for argument in arguments))
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, private
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.dense import product, rows_of
 from fuse_pass.ops.library import (
@@ -205,7 +205,7 @@ def _forward(
         y = y + product(outliers, _float_weight(weight, scale).to(a.dtype))
     y = y if bias is None else y + bias
     # No view for autograd: users may write into the result of a layer.
-    return torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], weight.shape[0]))  # type: ignore[no-any-return]
+    return private.unsafe_view(y.to(x.dtype), (*x.shape[:-1], weight.shape[0]))
 
 
 def _backward(
@@ -313,7 +313,7 @@ class _UnderTransforms(torch.autograd.Function):
 def _is_transformed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
-    return any(tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+    return any(tensor is not None and private.is_transformed(tensor) for tensor in tensors)
 
 
 for _device_type in ("cpu", "cuda"):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fuse_pass.inductor import onednn
+from fuse_pass.inductor import onednn, private
 from fuse_pass.ops.dense import gemm_fake, gemm_onednn, product, product_with_activation, rows_of, shaped_like_rows_of
 from fuse_pass.ops.library import define
 
@@ -65,7 +65,7 @@ class PackedWeights:
         if weight.is_inference() or not weight.is_contiguous() or weight.dtype not in _DTYPES or not weight.numel():
             return None
         where = (weight.storage_offset(), tuple(weight.shape), weight.dtype)
-        state = (weight.data_ptr(), weight._version)
+        state = (weight.data_ptr(), private.version_of(weight))
         values = weight.detach()
         places = torch.take(values, _places(weight.numel()))
         storage = weight.untyped_storage()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, private
 from fuse_pass.ops.library import define
 
 
@@ -89,4 +89,4 @@ seed = define(
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 # Inductor keeps draws apart by itself; with other compilers of a training graph all dropouts would share one mask.
-compat.never_merge(torch.ops.fuse_pass.seed, torch.ops.prims.inductor_seed)
+compat.never_merge(torch.ops.fuse_pass.seed, private.prims.inductor_seed)

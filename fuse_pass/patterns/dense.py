@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import make_contiguous_strides_for
 from torch.fx import Node
 
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear
+from fuse_pass.inductor import private
 from fuse_pass.ops.dense import is_column_major, pays
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.pattern import Candidate, Pattern
@@ -134,7 +134,7 @@ def _candidate(layer: Linear, activation: FoundActivation | None) -> Candidate:
 
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     y = value_of(candidate.anchor)
-    if y is None or not same_shape(y.stride(), make_contiguous_strides_for(y.shape)):
+    if y is None or not same_shape(y.stride(), private.contiguous_strides_of(y.shape)):
         return Problem(Reason.LAYOUT, f"{candidate.anchor.name} is not contiguous", candidate.anchor)
     return None
 

@@ -40,6 +40,7 @@ from torch.fx import Graph, Node
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, memory_of, value_of
 from fuse_pass.graph.view import GraphView, barrier
+from fuse_pass.inductor import private
 from fuse_pass.ops.rounding import STOCHASTIC
 from fuse_pass.patterns.inserter import Inserter
 from fuse_pass.patterns.open_attention import open_dot_product, open_multi_head, problem_of_multi_head
@@ -54,7 +55,7 @@ NAME = "fake_quant"
 
 # Layers whose arithmetic is out of reach inside one call.
 _OPAQUE = (
-    torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd, torch.lstm, torch.gru, torch.rnn_tanh,
+    private.NATIVE_MULTI_HEAD_ATTENTION, private.ENCODER_LAYER, torch.lstm, torch.gru, torch.rnn_tanh,
     torch.rnn_relu,
 )  # fmt: skip
 # Layers with weights that `convert` does not know either.

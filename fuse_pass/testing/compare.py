@@ -87,7 +87,7 @@ class _ProgramRuns:
         self.single = load(text, precision=torch.float32) if self.dtype is torch.float64 else None
 
     def compiled(self, backend: levels.Backend) -> Callable[[int], Runs]:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         call = torch.compile(self.model, backend=backend)
         return lambda seed: observe(self.narrow, self.model, call, self.dtype, seed)
 

@@ -10,11 +10,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, debugging
 from fuse_pass.report import Report, publish
 from fuse_pass.testing import masks
 
@@ -25,7 +24,7 @@ Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 def stock(level: str) -> Backend:
     """`torch.compile` without fuse_pass."""
-    compiler: Any = aot_eager if level == "aot" else compat.inductor_compiler(None, None)
+    compiler: Any = debugging.aot_eager if level == "aot" else compat.inductor_compiler(None, None)
     return lambda gm, inputs: _traced(compiler, masks.use_in(gm), inputs)
 
 
@@ -38,7 +37,7 @@ def fused(level: str) -> Backend:
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         rewritten, report = backend.rewrite(gm, own_random_numbers=not compat.draws_stock_random_numbers({}))
         publish(report)
-        return _traced(aot_eager, masks.use_in(rewritten), inputs)
+        return _traced(debugging.aot_eager, masks.use_in(rewritten), inputs)
 
     return compile_graph
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fuse_pass.inductor.debugging import GROUPED_PRODUCT, BatchNorm, counters, tree_leaves, tree_map
 from fuse_pass.testing import levels, masks
 from fuse_pass.testing.differences import Runs
 from fuse_pass.testing.observe import Round, aliases, uneven
@@ -72,14 +71,14 @@ class ModelRuns:
         self._compiler = compiler
         self._narrow = model.train(training)
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not batch_statistics:
+            if isinstance(module, BatchNorm) and not batch_statistics:
                 module.eval()
         self._state = {name: value.detach().clone() for name, value in _state(model).items()}
         self._wide = copy.deepcopy(model).double()
         self._inputs = [(args, dict(kwargs)), (args, dict(kwargs)), _one_more((args, dict(kwargs)))]
 
     def compiled(self, backend: levels.Backend) -> Callable[[int], Runs]:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         call = self._compiler(self._narrow, backend=backend)
 
         def run(seed: int) -> Runs:
@@ -185,7 +184,7 @@ class _InFloat64(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
-        if function is torch._grouped_mm:  # which takes no float64
+        if function is GROUPED_PRODUCT:  # which takes no float64
             return _grouped_product(*args, **(kwargs or {}))
         return function(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuse_pass.inductor import debugging
 from fuse_pass.inductor.settings import stock_random_numbers
 from fuse_pass.testing import masks
 
@@ -77,7 +78,7 @@ def _round(
     inputs = [leaf.clone() for leaf in leaves]
     if settings["dynamic"]:
         for tensor in inputs:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            debugging.maybe_mark_dynamic(tensor, 0)
     model.zero_grad()
     state = torch.get_rng_state()
     with masks.drawn_from(7919 * seed + i) as draws:

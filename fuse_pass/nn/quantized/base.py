@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse_pass.formats import FloatFormat, Format, IntFormat
+from fuse_pass.inductor import private
 from fuse_pass.observers import MeanMagnitude
 from fuse_pass.quantize import fake_quantize, quantize_at
 from fuse_pass.spec import SITES, QuantSpec, Site, spec_of
@@ -284,6 +285,6 @@ def _drop_scales(module: nn.Module) -> None:
 
 
 def _remove(module: nn.Module, *names: str) -> None:
-    for tensors in (module._buffers, module._parameters):
+    for tensors in (private.buffers_of(module), private.parameters_of(module)):
         for name in names:
             tensors.pop(name, None)
