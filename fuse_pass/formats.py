@@ -199,7 +199,9 @@ class FixedFormat:
 class BlockFormat:
     """Elements that share a power of two as their scale, `block_size` neighbours along the last dimension each.
 
-    The scale of OCP MX 1.0 §6.3: 2^(floor(log2 max|x|) − element.emax), and elements beyond the range saturate.
+    The scale of OCP MX 1.0 §6.3: 2^(floor(log2 max|x|) − element.emax), and elements beyond the range saturate. A block
+    that holds NaN or an infinity gets the scale NaN (§5.4.1), and all of it is NaN, as in microxcaling and torchao:
+    from such a maximum there is no scale at which the finite elements would be right.
 
     Args:
         element: format of each element.

@@ -7,6 +7,7 @@ straight through for gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,10 @@ def fake_quantize(
         clip_grad: the gradient is zero where x lies beyond the range of the format; not with "absmax", where none does.
         seed: 63-bit integer or 0-d int64 tensor for the stochastic modes; the same one gives the same result.
         generator: draws the seed, where none is given; by default it follows `torch.manual_seed`.
+
+    Where the scale comes from x, NaN and infinities in a group leave no scale: the whole group, or block, is NaN, and
+    other groups are as without it. Without a scale, or with one that is given, each element stands for itself: NaN
+    stays NaN, and an infinity stays or becomes the largest number. Gradients pass straight through in any case.
 
     Raises:
         TypeError: x is no floating-point tensor.
@@ -297,11 +302,13 @@ def _round_blocks(x: Tensor, fmt: BlockFormat, rounding: str, seed: Tensor | Non
     """`x [..., blocks, elements]`; OCP MX 1.0 §6.3: scale 2^(floor(log2 max|x|) − element.emax), within its format."""
     carrier = core.compute_carrier(x.dtype)
     blocks = x.detach().to(carrier.dtype)
-    exponent = (blocks.abs().amax(-1, keepdim=True).view(carrier.int_dtype) >> carrier.sig_bits) - carrier.bias
+    largest = blocks.abs().amax(-1, keepdim=True)
+    exponent = (largest.view(carrier.int_dtype) >> carrier.sig_bits) - carrier.bias
     exponent = (exponent - fmt.element.emax).clamp(fmt.scale.emin, fmt.scale.emax)
     # Two factors, because the inverse of the largest scale is no normal number.
     half = exponent >> 1
     up, up_again = (_power_of_two(e, carrier) for e in (half, exponent - half))
+    up = torch.where(largest < math.inf, up, math.nan)  # where no scale can be taken, it is NaN, and the block is
     down, down_again = (_power_of_two(-e, carrier) for e in (half, exponent - half))
     ratio = blocks * down * down_again
     if rounding in ("plus_inf", "minus_inf", "odd"):  # what vanished in the product has yet to go to its neighbour
