@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUN := PYTHONPATH='$(CURDIR)' $(BIN)/python -m
 
 # A processor that offers less than this one: no AVX-512, no products in half types. What it compiles stays apart.
-OTHER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(VENV)/other-cpu-cache
+OTHER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/other-cpu-cache
 
 .PHONY: demo test test-other-cpu slow forms environment lint bench readme clean
 

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fuse_pass.inductor import compat, onednn
+from fuse_pass.inductor import onednn
 from fuse_pass.machine import cpu_name, instruction_set
 
 
-def pytest_report_header() -> str:
-    """Which kind of processor these results are of: `make test-other-cpu` makes a rich one answer as a poor one."""
-    offers = (cpu_name(), instruction_set(), f"Inductor {compat.vector_instructions()}", onednn.abilities())
-    return f"processor: {', '.join(offers)}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which kind of processor these results are of."""
+    terminalreporter.write_line(f"{cpu_name()}, {instruction_set()}, {onednn.abilities()}")
 
 
 @pytest.fixture(autouse=True)

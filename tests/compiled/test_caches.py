@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fuse_pass
 
@@ -58,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, **options: Any) -> dict[str, Any]:
+def run(folder: Path, *, capability: str | None = None, **options: Any) -> dict[str, Any]:
     """Runs the program in a new process that imports the copied sources and uses the cache in `folder`."""
     environment = {
         **os.environ,
@@ -66,6 +68,8 @@ def run(folder: Path, **options: Any) -> dict[str, Any]:
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "OMP_NUM_THREADS": "1",
     }
+    if capability is not None:
+        environment["ATEN_CPU_CAPABILITY"] = capability
     command = [sys.executable, "-c", PROGRAM, json.dumps(options)]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -93,3 +97,17 @@ def test_a_changed_source_file_misses(cache: Path, tmp_path: Path) -> None:
     after = run(changed)
     assert after["aot"][0] == 0
     assert after["fx"][0] == 0
+
+
+@pytest.mark.processor
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the vectors of other processors have one size"
+)
+def test_another_processor_misses(cache: Path) -> None:
+    """The width of a vector is in the sources that Inductor keeps: compiled for another width they are wrong."""
+    other = "default" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "avx2"
+    first, there = json.loads((cache / "first.json").read_text()), run(cache, capability=other)
+    assert there["aot"][0] == 0
+    assert there["fx"][0] == 0
+    assert there["sum"] == pytest.approx(first["sum"], abs=1e-4)
+    assert there["grad"] == pytest.approx(first["grad"], rel=1e-4)
