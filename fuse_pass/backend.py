@@ -122,6 +122,7 @@ class FuseBackend:
         passes = compat.joint_passes(inductor_options)
         compiler.config["joint_custom_post_pass"] = OnThisProcessor(passes)
         if _calls_our_ops(fused):
+            compat.give_room_for_seeds(fused)
             masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
                 cache_key(configured.options),

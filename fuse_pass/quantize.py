@@ -201,7 +201,7 @@ class FloatPrecisionSimulator:
         """`x [...]` rounded, in its dtype; straight through for gradients."""
         seed = None
         if self._next_seed is not None and self.rounding in core.STOCHASTIC:
-            seed = self._next_seed.to(x.device, copy=True)
+            seed = torch.ops.fuse_pass.taken_seed(self._next_seed, device=x.device)
             self._next_seed.add_(_WEYL)
         return fake_quantize(x, self.format, rounding=self.rounding, overflow=self.overflow, seed=seed)
 
@@ -241,7 +241,7 @@ def _seed_for(x: Tensor, rounding: str, seed: Tensor | int | None, generator: to
         return torch.full((), seed, dtype=torch.int64, device=x.device)
     if generator is not None:
         return torch.randint(2**63 - 1, (), generator=generator, device=generator.device).to(x.device)
-    return torch.ops.fuse_pass.seed(x.device)  # type: ignore[no-any-return]
+    return torch.ops.fuse_pass.seed(device=x.device)  # type: ignore[no-any-return]
 
 
 def _round_float(

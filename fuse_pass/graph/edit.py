@@ -161,19 +161,20 @@ class Editor:
         arguments, options = map_arg((arguments, options), self.current)
         return self._add(target, arguments, options, self._fake_result(target, arguments, options))
 
-    def call_ours(self, op: private.OpOverload, *arguments: Any) -> Node:
+    def call_ours(self, op: private.OpOverload, *arguments: Any, **options: Any) -> Node:
         """Adds a call of an op of ours, with the fake value of the last call that was like it.
 
         Its fake kernel takes long, and the layers of a model call it again and again with tensors of the same sizes.
         """
-        arguments = map_arg(arguments, self.current)
+        arguments, options = map_arg((arguments, options), self.current)
+        given = (arguments, tuple(options.items()))
         try:
-            key = op, _metadata(map_arg(arguments, _example_value)), _metadata(self._view.autocast_stack(self._like))
+            key = op, _metadata(map_arg(given, _example_value)), _metadata(self._view.autocast_stack(self._like))
         except _UnknownMetadata:
-            return self._add(op, arguments, {}, self._fake_result(op, arguments, {}))
+            return self._add(op, arguments, options, self._fake_result(op, arguments, options))
         if key not in self._results:
-            self._results[key] = self._fake_result(op, arguments, {})
-        return self._add(op, arguments, {}, self._results[key])
+            self._results[key] = self._fake_result(op, arguments, options)
+        return self._add(op, arguments, options, self._results[key])
 
     def item(self, node: Node, index: int) -> Node:
         """`node[index]` of a call that returns several tensors."""

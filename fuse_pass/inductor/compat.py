@@ -8,19 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.backends import registry
 from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch.fx import Graph
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx import Graph, GraphModule, Node, traceback
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "STORED_ONCE",
     "disable_current_modes",
     "draws_stock_random_numbers",
+    "give_room_for_seeds",
     "has_fast_cpu_dtype",
     "has_vector_loops",
     "inductor_compiler",
@@ -30,8 +33,11 @@ __all__ = [
     "is_given",
     "is_inductor_option",
     "is_known_backend",
+    "is_seed",
     "joint_passes",
+    "keep_for_backward",
     "never_merge",
+    "never_recomputed",
     "onednn_linear",
     "onednn_linear_add",
     "onednn_version",
@@ -73,6 +79,65 @@ def stored_once(x: torch.Tensor) -> torch.Tensor:
 def never_merge(*ops: torch._ops.OpOverloadPacket) -> None:
     """Tells AOTAutograd that two calls of these ops are two draws, and no common subexpression."""
     rand_ops.extend(op for op in ops if op not in rand_ops)
+
+
+# The partitioner takes a budget of 0 as "keep the inputs of the graph and nothing else", and asks for no tags.
+_LEAST_BUDGET = 1e-9
+# `torch.autograd.graph.region_activation_memory_budget` notes here what overrides the setting; new in torch 2.13.
+_REGION_BUDGET: str | None = getattr(traceback, "MEMORY_BUDGET_ANNOTATION_KEY", None)
+
+
+def keep_for_backward(node: Node) -> None:
+    """Never computed again in backward, whatever `activation_memory_budget` says; for values of a few bytes.
+
+    A budget of 0 would compute everything again: here it becomes the least one, which differs by such values alone.
+    """
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    node.meta["ac_graph_id"] = 0
+    if functorch_config.activation_memory_budget == 0:
+        node.meta["memory_budget"] = _LEAST_BUDGET
+
+
+def is_seed(node: Node) -> bool:
+    """Whether Inductor has put this node in the place of a draw, its own ones included."""
+    return node.target is torch.ops.prims.inductor_lookup_seed.default
+
+
+def give_room_for_seeds(module: GraphModule) -> None:
+    """Makes of a region whose budget is 0 one with the least budget: there `keep_for_backward` holds."""
+    for child in module.modules():
+        if isinstance(child, GraphModule):
+            for node in child.graph.nodes:
+                if _region_budget(node) == 0:
+                    node.meta["custom"] = {**node.meta["custom"], _REGION_BUDGET: _LEAST_BUDGET}
+
+
+def _region_budget(node: Node) -> float | None:
+    custom = node.meta.get("custom")
+    return custom.get(_REGION_BUDGET) if isinstance(custom, dict) and _REGION_BUDGET else None
+
+
+def never_recomputed(op: torch._ops.OpOverload, library: torch.library.Library) -> None:
+    """Lets everyone who records a call of `op`, which returns one tensor, keep its result for backward.
+
+    The mark is put on when the call is recorded: checkpoints have marked it to be recomputed by then, and it holds
+    for whatever compiles the graph, Inductor without our passes among it.
+    """
+
+    def record(mode: ProxyTorchDispatchMode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = mode.__torch_dispatch__(func, types, args, kwargs or {})
+        recorded = get_proxy_slot(result, mode.tracer, None)
+        if recorded is not None:
+            if _region_budget(recorded.proxy.node) == 0:
+                raise RuntimeError(
+                    "region_activation_memory_budget: expected a budget above 0 around a random draw of fuse_pass, "
+                    "got 0, with which PyTorch draws again in backward and gradients would be wrong; "
+                    "use 1e-9, the global activation_memory_budget=0, or backend='fuse_pass'"
+                )
+            keep_for_backward(recorded.proxy.node)
+        return result
+
+    torch.library.register_torch_dispatch(op._name, ProxyTorchDispatchMode, record, lib=library)
 
 
 def onednn_linear() -> torch._ops.OpOverload | None:

@@ -59,7 +59,9 @@ class RecomputeTags(CustomGraphPass):
         for run in self._inner:
             run(graph)
         for node in graph.nodes:
-            if "recompute" not in node.meta and _is_recomputable(node, self._memory):
+            if compat.is_seed(node):  # PyTorch's dropouts draw again too where memory is scarce
+                compat.keep_for_backward(node)
+            elif "recompute" not in node.meta and _is_recomputable(node, self._memory):
                 recompute_in_backward(node)
 
     def uuid(self) -> Any:

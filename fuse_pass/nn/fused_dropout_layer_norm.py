@@ -65,7 +65,7 @@ class FusedDropoutLayerNorm(nn.Module):
             return (norm(total), total) if return_sum else norm(total)
         p = self.dropout.p if self.dropout.training else 0.0
         y, total, _ = dropout_norm(
-            x, residual, norm.weight, norm.bias, seed(x.device) if p > 0 else None, p, norm.eps,
+            x, residual, norm.weight, norm.bias, seed(device=x.device) if p > 0 else None, p, norm.eps,
             len(norm.normalized_shape), LAYER_NORM, None, True,
         )  # fmt: skip
         if not return_sum:

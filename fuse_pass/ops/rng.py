@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fuse_pass.inductor import compat, private
-from fuse_pass.ops.library import define
+from fuse_pass.ops.library import LIBRARY, define
 
 
 def _int32(value: int) -> int:
@@ -77,16 +77,35 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return torch.where(keep_mask(seed, rows, columns, p), x * (1 / (1 - p)), 0.0)
 
 
-def _draw(device: torch.device) -> Tensor:
+def _draw(*, device: torch.device) -> Tensor:
     return compat.inductor_seed(device)
 
 
 seed = define(
     "seed",
-    "(Device device) -> Tensor",
+    # By name alone: there PyTorch's checkpoints look for it, to know whose generator to set back.
+    "(*, Device device) -> Tensor",
     body=_draw,
-    fake=lambda device: torch.empty((), dtype=torch.int64, device=device),
+    fake=lambda *, device: torch.empty((), dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+
+
+def _take(seed: Tensor, *, device: torch.device) -> Tensor:
+    # Inductor removes plain copies, and then their marks.
+    return seed.to(device).bitwise_not().bitwise_not()
+
+
+taken = define(
+    "taken_seed",
+    "(Tensor seed, *, Device device) -> Tensor",
+    body=_take,
+    fake=lambda seed, *, device: torch.empty_like(seed, device=device),
+)
+"""A copy of a seed that is about to be moved on."""
+
 # Inductor keeps draws apart by itself; with other compilers of a training graph all dropouts would share one mask.
 compat.never_merge(torch.ops.fuse_pass.seed, private.prims.inductor_seed)
+# Drawn again in backward, or read from what has been moved on since, they would be other masks.
+compat.never_recomputed(seed, LIBRARY)
+compat.never_recomputed(taken, LIBRARY)

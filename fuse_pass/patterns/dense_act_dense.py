@@ -320,7 +320,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     along_channels = constants["features"] == CHANNELS
     with editor.at(candidate.outputs, candidate.nodes):
         weight2 = as_linear_weight(editor, inputs["weight2"], constants["transposed2"], along_channels)
-        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, device=y_value.device) if constants["drops"] else None
         tail = (weight2, inputs["bias2"], inputs["act_weight"], seed)
         settings = (
             constants["p"] if constants["drops"] else 0.0,

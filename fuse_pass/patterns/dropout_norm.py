@@ -331,7 +331,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     with editor.at(candidate.outputs, candidate.nodes, inputs.values()):
         if residual is not None and not _same_shape_as(residual, z):
             residual = editor.call("expand_as", residual, x)
-        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, z_value.device) if constants["drops"] else None
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, device=z_value.device) if constants["drops"] else None
         p = constants["p"] if constants["drops"] else 0.0
         eps = _default_eps(y_value.dtype) if constants["eps"] is None else constants["eps"]
         parameters = [_parameter(editor, inputs[name], constants["shape"]) for name in ("weight", "bias")]

@@ -362,7 +362,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             None if inputs[name] is None else as_linear_weight(editor, inputs[name], transposed, along_channels)
             for name, transposed in zip(names, constants["transposed"], strict=True)
         )
-        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, y_value.device) if constants["drops"] else None
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, device=y_value.device) if constants["drops"] else None
         arguments = (
             channels_to_the_end(editor, inputs["x"]) if along_channels else inputs["x"],
             weight1,

@@ -165,7 +165,6 @@ def use_in(module: GraphModule) -> GraphModule:
                     node.op, node.target = "call_function", _TARGETS[node.target]
                 elif node.target is torch.ops.fuse_pass.seed.default and not compat.draws_stock_random_numbers({}):
                     node.target = torch.ops.fuse_pass_testing.seed.default
-                    node.args, node.kwargs = (), {"device": node.args[0]}
             child.recompile()
     return module
 

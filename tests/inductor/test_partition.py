@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fuse_pass.backend import FuseBackend, fuse_backend
 from fuse_pass.inductor import partition
@@ -54,7 +55,8 @@ class Noting(CustomGraphPass):
         self.identity, self.log = identity, log
 
     def __call__(self, graph: Graph) -> None:
-        self.log.append((self.identity, any(node.meta.get("recompute") is not None for node in graph.nodes)))
+        tags = [node.meta.get("recompute") for node in graph.nodes]
+        self.log.append((self.identity, CheckpointPolicy.MUST_RECOMPUTE in tags))
 
     def uuid(self) -> Any:
         return self.identity
@@ -170,14 +172,19 @@ def test_recomputed_masks_are_those_of_the_forward() -> None:
     torch.testing.assert_close(x.grad, y.detach())
 
 
-def test_stock_dropout_is_not_tagged() -> None:
-    """These tags are for our ops alone; `ops.dropout_masks` sees to the dropouts that we did not fuse."""
-    origins: set[str] = set()
+def test_stock_dropout_is_not_recomputed() -> None:
+    """These tags are for our ops alone; `ops.dropout_masks` sees to the dropouts that we did not fuse.
+
+    Of theirs only the seeds are tagged, and those are kept.
+    """
+    origins: dict[Any, set[str]] = {policy: set() for policy in CheckpointPolicy}
 
     class Tagging(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
             RecomputeTags(b"key")(graph)
-            origins.update(n.meta["original_aten"].namespace for n in graph.nodes if "recompute" in n.meta)
+            for node in graph.nodes:
+                if "recompute" in node.meta:
+                    origins[node.meta["recompute"]].add(node.meta["original_aten"].namespace)
 
         def uuid(self) -> Any:
             return None
@@ -187,7 +194,9 @@ def test_stock_dropout_is_not_tagged() -> None:
             return super().forward(x) * F.dropout(x, 0.4).sin()
 
     train(Mixed(), options={"joint_custom_post_pass": Tagging()})
-    assert origins == {"fuse_pass"}
+    assert origins.pop(CheckpointPolicy.MUST_RECOMPUTE) == {"fuse_pass"}
+    assert origins.pop(CheckpointPolicy.MUST_SAVE) == {"fuse_pass", "aten"}
+    assert not any(origins.values())
 
 
 # --- the user's own passes --------------------------------------------------------------------------------------------
@@ -253,7 +262,7 @@ def test_a_tag_of_someone_else_stays() -> None:
     graph.output(free)
     RecomputeTags(b"key")(graph)
     assert node.meta["recompute"] == "x"
-    assert free.meta["recompute"] is torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
+    assert free.meta["recompute"] is CheckpointPolicy.MUST_RECOMPUTE
 
 
 def test_products_and_seeds_are_never_recomputed() -> None:

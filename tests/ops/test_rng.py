@@ -190,7 +190,7 @@ def test_drawn_seeds_give_unrelated_masks_at_any_shift() -> None:
 
 
 def test_two_draws_of_one_run_are_independent() -> None:
-    layers = [int(torch.ops.fuse_pass.seed(torch.device("cpu"))) for _ in range(6)]
+    layers = [int(torch.ops.fuse_pass.seed(device=torch.device("cpu"))) for _ in range(6)]
     for a, b in itertools.pairwise(layers):
         assert agreement_z(mask(a, 256, 768), mask(b, 256, 768)) < MAX_Z
 
@@ -293,7 +293,7 @@ def test_expectation_is_kept() -> None:
 
 
 def draw() -> int:
-    return int(torch.ops.fuse_pass.seed(torch.device("cpu")))
+    return int(torch.ops.fuse_pass.seed(device=torch.device("cpu")))
 
 
 def test_seed_follows_manual_seed() -> None:
@@ -309,7 +309,8 @@ def test_seed_follows_manual_seed() -> None:
 def test_compiled_seed_follows_manual_seed() -> None:
     @torch.compile(backend="inductor")
     def two_draws() -> tuple[Tensor, Tensor]:
-        return torch.ops.fuse_pass.seed(torch.device("cpu")), torch.ops.fuse_pass.seed(torch.device("cpu"))
+        cpu = torch.device("cpu")
+        return torch.ops.fuse_pass.seed(device=cpu), torch.ops.fuse_pass.seed(device=cpu)
 
     def run(manual_seed: int) -> tuple[int, int]:
         torch.manual_seed(manual_seed)
@@ -321,7 +322,7 @@ def test_compiled_seed_follows_manual_seed() -> None:
 
 
 def test_seed_is_a_63_bit_integer_on_its_device() -> None:
-    value = torch.ops.fuse_pass.seed(torch.device("cpu"))
+    value = torch.ops.fuse_pass.seed(device=torch.device("cpu"))
     assert (value.dtype, value.shape, value.device.type) == (torch.int64, (), "cpu")
     drawn = [draw() for _ in range(64)]
     assert min(drawn) >= 0
@@ -341,10 +342,10 @@ def test_dropout_draws_nothing_itself() -> None:
 def test_seed_on_fake_tensors_draws_nothing() -> None:
     before = torch.get_rng_state()
     with torch._subclasses.FakeTensorMode():
-        value = torch.ops.fuse_pass.seed(torch.device("cpu"))
+        value = torch.ops.fuse_pass.seed(device=torch.device("cpu"))
     assert (value.dtype, value.shape) == (torch.int64, ())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_seed_passes_opcheck() -> None:
-    torch.library.opcheck(torch.ops.fuse_pass.seed.default, (torch.device("cpu"),))
+    torch.library.opcheck(torch.ops.fuse_pass.seed.default, (), {"device": torch.device("cpu")})

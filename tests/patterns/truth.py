@@ -28,7 +28,7 @@ class SameDropout(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(SEED)
-        self.seed = torch.ops.fuse_pass.seed(torch.device("cpu"))
+        self.seed = torch.ops.fuse_pass.seed(device=torch.device("cpu"))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.dropout, torch.dropout):
