@@ -42,6 +42,10 @@ class FuseBackend:
     Args:
         patterns: names of the patterns to apply, in any order; None for all.
         quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would.
+            For the layers that both quantise, outputs and gradients have the same bits. Beside them it reaches
+            products, attention, embeddings and norms that are called as functions or by subclasses; activations,
+            softmax and pooling only as modules; dropout never; recurrent layers and what has no quantised layer are
+            declined. `fuse_pass/patterns/fake_quant.py` has the table.
         memory: what a feed-forward block (`dense_act_dense`) keeps for backward beside its input and its weights.
             "fastest": the hidden value before and after the activation, as eager does. "balanced": the one before it.
             "smallest": neither; backward repeats the first product. Dropout masks are never kept. Measured on

@@ -41,7 +41,8 @@ def compile(
     Args:
         model: module or function; None to use `compile` as a decorator.
         patterns: names of the patterns to apply; None for all.
-        quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would.
+        quantize: a format, its name or a `QuantSpec`: inserts the fake quantisation that `fuse_pass.convert` would,
+            where `FuseBackend` says.
             Layers that are one call in a graph (`nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`) are swapped
             for Quantized* layers in a copy of the model that shares its parameters and buffers; call `train()` and
             `eval()` on what is returned.
