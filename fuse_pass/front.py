@@ -14,6 +14,7 @@ from torch import nn
 from fuse_pass.backend import FuseBackend, split_options
 from fuse_pass.convert import convert
 from fuse_pass.formats import Format
+from fuse_pass.inductor import private
 from fuse_pass.spec import QuantSpec
 
 # Their arithmetic is out of a graph's reach.
@@ -87,7 +88,7 @@ def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:
         raise ValueError(f"expected mode or options, got both: mode={mode!r}, options={options!r}")
     if options is not None:
         split_options(options)
-    modes = ("default", *torch._inductor.list_mode_options())
+    modes = ("default", *private.list_mode_options())
     if mode is not None and mode not in modes:
         raise ValueError(f"unknown mode {mode!r}; valid are {', '.join(modes)}")
 
