@@ -155,21 +155,21 @@ def table() -> dict[str, int]:
     """
     if compat.onednn_linear() is None:
         return {}
-    path = _cache_file()
-    found = _read(path)
+    machine, path = _machine(), _cache_file()  # as the next process finds them: the probe may see a product fail
+    found = _read(path, machine)
     if found is None:
         found = _probe()
-        _write(path, {"machine": _machine(), "break_even_flop": found})
+        _write(path, {"machine": machine, "break_even_flop": found})
     return found
 
 
-def _read(path: Path) -> dict[str, int] | None:
+def _read(path: Path, machine: str) -> dict[str, int] | None:
     """The table in a file that this machine has written; None for any other file, which is as good as none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):  # absent, unreadable, no JSON, or nested too deeply for the parser
         return None
-    if not isinstance(content, dict) or content.get("machine") != _machine():
+    if not isinstance(content, dict) or content.get("machine") != machine:
         return None
     found = content.get("break_even_flop")
     is_ours = isinstance(found, dict) and all(_is_entry(key, flop) for key, flop in found.items())

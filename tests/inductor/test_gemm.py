@@ -272,8 +272,12 @@ def test_a_product_that_fails_in_the_probe_is_no_candidate(file: Path, monkeypat
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
     monkeypatch.setattr(compat, "onednn_linear", lambda: linear)
     assert_is_a_table(gemm.table())
-    assert not {key for key in gemm.table() if key.startswith("bfloat16")}
+    found = gemm.table()
+    assert not {key for key in found if key.startswith("bfloat16")}
     assert not onednn.multiplies(torch.bfloat16)
+    monkeypatch.setattr(onednn, "_failed", set())
+    monkeypatch.setattr(gemm, "_probe", lambda: pytest.fail("probed again in the next process"))
+    assert next_process() == found
 
 
 def test_the_probe_works_in_the_middle_of_a_trace(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
