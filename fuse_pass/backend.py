@@ -158,6 +158,10 @@ class FuseBackend:
                 require_same_outputs(gm, fused)
                 if name == fake_quant.NAME and report.matches:
                     fallback, known = _recompiled(copy_graph_module(fused)), copy.deepcopy(report)
+            if is_piece_for_ddp(gm):
+                _name_cuts(report, gm.graph)
+            step = "generating code"
+            return (_recompiled(fused), report) if report.matches else (gm, report)
         except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
             if self.strict or (self.quantize is not None and fallback is gm):  # unquantised, it would be another model
                 raise
@@ -168,9 +172,6 @@ class FuseBackend:
                 stacklevel=2,
             )
             return fallback, known
-        if is_piece_for_ddp(gm):
-            _name_cuts(report, gm.graph)
-        return (_recompiled(fused), report) if report.matches else (gm, report)
 
     def _passes(self) -> Iterator[tuple[str, Callable[[Graph, Situation], Report]]]:
         """What runs over every graph, in order; fusion comes last, so that it sees the quantised operands."""

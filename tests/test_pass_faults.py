@@ -193,8 +193,17 @@ def test_a_broken_pattern(monkeypatch: pytest.MonkeyPatch, fault: str, name: str
         ("require_same_outputs", fail),
         ("apply", fail),
         ("apply", lambda *arguments: None),
+        ("_recompiled", fail),
     ],
-    ids=["copy raises", "copy returns None", "hoist raises", "comparison raises", "apply raises", "apply returns None"],
+    ids=[
+        "copy raises",
+        "copy returns None",
+        "hoist raises",
+        "comparison raises",
+        "apply raises",
+        "apply returns None",
+        "recompilation raises",
+    ],
 )
 def test_a_broken_step(monkeypatch: pytest.MonkeyPatch, step: str, broken: Callable[..., Any]) -> None:
     monkeypatch.setattr(backend, step, broken)
