@@ -302,5 +302,19 @@ def is_weight_transpose(op: Op | None) -> bool:
     return False
 
 
+def permutation(op: Op, rank: int) -> list[int] | None:
+    """The order in which `permute` or `transpose` puts the dimensions; None where they are no plain numbers."""
+    if op.kind == "transpose":
+        if not _are_ints(op["dim0"], op["dim1"]):
+            return None
+        order = list(range(rank))
+        first, second = op["dim0"] % rank, op["dim1"] % rank
+        order[first], order[second] = second, first
+        return order
+    dims = op["arguments"] or tuple(op["options"].values())
+    dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    return [dim % rank for dim in dims] if _are_ints(*dims) else None
+
+
 def _are_ints(*values: Any) -> bool:
     return all(isinstance(value, int) for value in values)

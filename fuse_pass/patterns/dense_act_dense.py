@@ -3,7 +3,7 @@
 Shapes: x `[..., d_in]`, W1 `[d_hidden, d_in]`, W2 `[d_out, d_hidden]`, y `[..., d_out]`; biases are optional.
 
 1×1 convolutions count as Linear layers along dimension 1 (see `channels`); of images of one pixel, the first may be one
-and the second a Linear behind a flattening.
+and the second a Linear behind a flattening; the second may be one whose channels are the features of a Linear.
 
 In a chain Linear → act → Linear → act → Linear the middle Linear ends one match and begins the next.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +34,15 @@ from fuse_pass.graph.shapes import same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
-from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_few_rows, cost_of_layout
+from fuse_pass.patterns.channels import (
+    channels_back,
+    channels_to_the_end,
+    cost_of_few_rows,
+    cost_of_layout,
+    cost_of_mixing,
+    features_become_channels,
+    rows_to_channels,
+)
 from fuse_pass.patterns.linear_chain import (
     as_arguments,
     as_linear_weight,
@@ -179,21 +188,48 @@ def _ending_in(
     upper = view.walk_up(second.input)
     walks = [upper]
     nodes: list[Node] = [*second.nodes, *upper.passed]
+    moved = _through_move(view, second, walks, nodes)
     act_format = through_quantisation(view, walks, nodes)
     p = through_dropout(view, walks, nodes)
     result_format = through_quantisation(view, walks, nodes)  # of the activation itself, where dropout follows it
+    moved = moved or _through_move(view, second, walks, nodes)
     activation = activation_at(view, walks[-1].node)
     if activation is None:
         return None, None
     walks.append(view.walk_up(activation.input))
     nodes += [*activation.nodes, *walks[-1].passed]
+    moved = moved or _through_move(view, second, walks, nodes)
     hidden_format = through_quantisation(view, walks, nodes)
     first = layers.get(walks[-1].node)
-    if first is None or not (first.features == second.features or _is_flattened(first, second)):
+    formats = (hidden_format, act_format, result_format)
+    if first is None or not _belong_together(first, second, moved, formats):
         return None, activation
     in_chain = first.node in taken  # the first Linear ends an accepted match: its output is our input
-    formats = (hidden_format, act_format, result_format)
-    return _candidate(view, first, activation, second, p, walks, nodes, formats, in_chain=in_chain), activation
+    candidate = _candidate(view, first, activation, second, p, walks, nodes, formats, moved, in_chain=in_chain)
+    return candidate, activation
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Where rows become channels: the node, and how many of the walks lie below it."""
+
+    node: Node
+    below: int
+
+
+def _through_move(view: GraphView, second: Linear, walks: list[Walk], nodes: list[Node]) -> _Move | None:
+    node = walks[-1].node
+    if not features_become_channels(view, second, node):
+        return None
+    walks.append(view.walk_up(node.args[0]))  # type: ignore[arg-type]  # a tensor is permuted
+    nodes += [node, *walks[-1].passed]
+    return _Move(node, len(walks) - 1)
+
+
+def _belong_together(first: Linear, second: Linear, moved: _Move | None, formats: tuple[list[int], ...]) -> bool:
+    if moved is not None:  # a quantisation may go by blocks of the last dimension
+        return first.features != CHANNELS and not any(formats)
+    return first.features == second.features or _is_flattened(first, second)
 
 
 def _is_flattened(first: Linear, second: Linear) -> bool:
@@ -212,6 +248,7 @@ def _candidate(
     walks: list[Walk],
     nodes: list[Node],
     formats: tuple[list[int], ...],
+    moved: _Move | None,
     *,
     in_chain: bool,
 ) -> Candidate:
@@ -230,7 +267,8 @@ def _candidate(
         "transposed1": first.transposed,
         "transposed2": second.transposed,
         "features": second.features,
-        "flattened": first.features != second.features,
+        "flattened": moved is None and first.features != second.features,
+        "moved": None if moved is None else moved.node,
         "p": p,
         "drops": drops,
         "activation": activation.name,
@@ -241,6 +279,7 @@ def _candidate(
     words += [f"dropout {p}"] if drops else []
     words += ["chained"] if in_chain else []
     words += ["1×1 convolutions"] if first.features == CHANNELS else []
+    words += ["1×1 convolution behind a Linear"] if moved is not None else []
     words += ["fake-quantised"] if any(formats) else []
     return Candidate(
         anchor=second.node,
@@ -251,7 +290,7 @@ def _candidate(
         variant=", ".join(words),
         needs_random_numbers=drops,
         problem=problem_of_groups(view, first, second)
-        or _problem_on_the_way(walks, first, second)
+        or _problem_on_the_way(walks, first, second, moved)
         or activation.problem
         or problem_of_bias(first)
         or problem_of_bias(second)
@@ -259,7 +298,9 @@ def _candidate(
     )
 
 
-def _problem_on_the_way(walks: list[Walk], first: Linear, second: Linear) -> Problem | None:
+def _problem_on_the_way(walks: list[Walk], first: Linear, second: Linear, moved: _Move | None) -> Problem | None:
+    if moved is not None:
+        return problem_of_casts(walks[: moved.below]) or problem_of_walks(walks[moved.below :], first.features)
     if first.features == second.features:
         return problem_of_walks(walks, second.features)
     before, after = value_of(first.node), value_of(second.input)
@@ -299,7 +340,9 @@ def _without_second_linear(view: GraphView, node: Node) -> Iterator[Candidate]:
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
     x, y = value_of(candidate.inputs["x"]), value_of(candidate.anchor)
     costs = None
-    if candidate.constants["features"] == CHANNELS:
+    if candidate.constants["moved"] is not None:
+        costs = cost_of_mixing(candidate.anchor, x, y)
+    elif candidate.constants["features"] == CHANNELS:
         costs = cost_of_layout(candidate.anchor, x, y)
     elif candidate.constants["flattened"]:
         costs = cost_of_few_rows(candidate.anchor, x)
@@ -317,9 +360,11 @@ def replace(editor: Editor, candidate: Candidate) -> None:
     inputs, constants = candidate.inputs, candidate.constants
     y_value = value_of(candidate.anchor)
     assert y_value is not None
-    along_channels = constants["features"] == CHANNELS
+    moved = constants["moved"]
+    along_channels = constants["features"] == CHANNELS and moved is None
     with editor.at(candidate.outputs, candidate.nodes):
-        weight2 = as_linear_weight(editor, inputs["weight2"], constants["transposed2"], along_channels)
+        convolves = constants["features"] == CHANNELS
+        weight2 = as_linear_weight(editor, inputs["weight2"], constants["transposed2"], convolves)
         seed = editor.call_ours(torch.ops.fuse_pass.seed.default, device=y_value.device) if constants["drops"] else None
         tail = (weight2, inputs["bias2"], inputs["act_weight"], seed)
         settings = (
@@ -342,6 +387,7 @@ def replace(editor: Editor, candidate: Candidate) -> None:
             else:
                 y = editor.call_ours(torch.ops.fuse_pass.dense_act_dense_inference.default, *arguments)
         y = channels_back(editor, y, y_value) if along_channels else y
+        y = y if moved is None else rows_to_channels(editor, y, moved, candidate.anchor)
     editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)
 

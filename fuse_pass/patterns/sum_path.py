@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from fuse_pass.graph.canonical import Op
+from fuse_pass.graph.canonical import Op, permutation
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import keeps_rows, same_shape, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
@@ -126,13 +126,10 @@ def _is_slice(index: Any) -> bool:
 
 def _moved_dimensions(op: Op, rank: int) -> set[int] | None:
     """The dimensions that do not stay where they are."""
-    if op.kind == "permute":
-        dims = op["arguments"] or tuple(op["options"].values())
-        dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-        known = all(isinstance(dim, int) for dim in dims)
-        return {i for i, dim in enumerate(dims) if dim % rank != i} if known else None
-    dims = (op["dim0"], op["dim1"]) if op.kind == "transpose" else op["dims"]
-    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if op.kind != "roll":
+        order = permutation(op, rank)
+        return None if order is None else {i for i, dim in enumerate(order) if dim != i}
+    dims = op["dims"] if isinstance(op["dims"], (tuple, list)) else (op["dims"],)
     return {dim % rank for dim in dims} if all(isinstance(dim, int) for dim in dims) else None
 
 

@@ -301,6 +301,15 @@ def test_norm_weight_is_computed_from_the_sum() -> None:
     assert_declines(function, norm_inputs(), Reason.ORDER, "scale")
 
 
+def test_norm_of_every_head_behind_a_view() -> None:
+    """Its constants are right; it is the view that divides the rows."""
+
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.layer_norm((x + r).view(3, 5, 4, 6), (6,), w[:6], b[:6])
+
+    assert_declines(function, norm_inputs(), Reason.LAYOUT, "view")
+
+
 @pytest.mark.parametrize("rest", [torch.sin, lambda a: a, lambda a: a @ a.mT], ids=["sin", "output", "product"])
 def test_dense_no_second_linear(rest: Any) -> None:
     def function(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
