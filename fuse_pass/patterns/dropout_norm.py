@@ -96,7 +96,7 @@ def _weight_computed_late(keep: Any) -> Any:
     """Zero-centred weights, `1 + w`, behind a node that keeps the value of the sum and reads it before."""
 
     def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        z = keep(F.dropout(x, 0.25) + r)
+        z: Tensor = keep(F.dropout(x, 0.25) + r)
         return F.layer_norm(z, (24,), 1.0 + w.to(z.dtype), b) + z
 
     return function
