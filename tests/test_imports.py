@@ -28,7 +28,7 @@ ALLOWED = {
     "convert": {"formats", "inductor", "nn", "report", "spec"},
     "backend": {"formats", "graph", "inductor", "ops", "patterns", "report", "spec"},
     "analysis": {"backend", "inductor", "report"},
-    "front": {"backend", "convert", "formats", "spec"},
+    "front": {"backend", "convert", "formats", "inductor", "spec"},
     "commands": {"analysis", "backend", "inductor", "machine", "patterns", "quantize", "report"},
     "testing": {"backend", "inductor", "ops", "patterns", "report"},
     "cli": {"commands"},
