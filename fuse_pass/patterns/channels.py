@@ -52,8 +52,8 @@ def features_become_channels(view: GraphView, second: Linear, node: Node) -> boo
     """Whether a node makes rows `[N, ..., C]` to the vectors `[N, C, ...]` that a 1×1 convolution reads, as they are.
 
     Depth-prediction heads do: Linear → GELU → `permute(0, 2, 1).reshape(N, C, H, W)` → convolution. Fused, 576 rows of
-    1536 → 768 → 192 took as long as with torch.compile in training and 1 / 1.16 of the time in inference in float32,
-    and as long in bfloat16 (Intel Xeon with AVX-512 and AMX, one thread, a busy machine).
+    1536 → 768 → 192 took as long as with torch.compile in training, in inference 1 / 1.16 of the time in float32 and as
+    long in bfloat16 (Intel Xeon with AVX-512 and AMX, one thread, a busy machine).
     """
     op, read = view.op(node), value_of(second.input)
     before, after = None if op is None else value_of(op.arguments.get("input")), value_of(node)
