@@ -7,6 +7,9 @@ The hash is `lowbias32` of C. Wellons' hash-prospector with the low half of the 
 multiplication, the high half after it, and a third multiplication in place of its last xor-shift, so that either half
 reaches the high bits. Inductor generates code for each step in every kernel that drops something, so there are no more
 of them than the statistics need.
+
+The low half alone would only exchange elements: the numbers of seed ^ d would be those of seed, with element i moved to
+i ^ d, and as many of them would be kept or rounded up. So it is mixed into the high half first, once for all elements.
 """
 
 from __future__ import annotations
@@ -29,12 +32,20 @@ def _int32(value: int) -> int:
 _MULTIPLIERS = _int32(0x21F0AAAD), _int32(0xD35A2D97), _int32(0x31848BAB)
 
 
+def _mixed(low: Tensor) -> Tensor:
+    """Another int32 for every one, and a change of any bit reaches all."""
+    first, second, _ = _MULTIPLIERS
+    bits = (low ^ ((low >> 16) & 0xFFFF)) * first
+    return (bits ^ ((bits >> 15) & 0x1FFFF)) * second
+
+
 def random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
     """Uniform int32 `[rows, columns]` from a 0-d int64 seed; the high bits are the best.
 
     The element index wraps at 2**32, far beyond the size of a tensor that has to be independent of itself.
     """
-    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    low = seed.to(torch.int32)
+    high = (seed >> 32).to(torch.int32) ^ _mixed(low)
     row = torch.arange(rows, dtype=torch.int32, device=seed.device).view(rows, 1)
     column = torch.arange(columns, dtype=torch.int32, device=seed.device)
     if seed.device.type == "cpu":

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fuse_pass.formats import FloatFormat, formats
+from fuse_pass.formats import FixedFormat, FloatFormat, Format, formats
+from fuse_pass.quantize import fake_quantize
 from tests.ops.test_rounding import FORMATS, critical, quantize, table
 
 MODES = ("stoc_prop", "stoc_equal")
@@ -84,6 +85,22 @@ def test_seeds_differ_and_repeat(mode: str) -> None:
     assert not torch.equal(first, other)
     agreement = int((first == other).sum())
     assert 0 < agreement < x.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("fmt", ["fp8_e4m3", "int8", FixedFormat(8, 6), "mxfp8"], ids=str)
+def test_integer_seeds_round_up_different_numbers(fmt: Format | str, dtype: torch.dtype) -> None:
+    """As many as are expected, with the spread of independent draws: no seed rounds up the elements of another."""
+    count, trials = 256, 1024
+    x = torch.full((trials,), 1.03, dtype=dtype)
+    x[0] = 1.5  # the scale of int8
+    up = np.array(
+        [int((fake_quantize(x, fmt, rounding="stoc_prop", seed=seed) > x)[1:].sum()) for seed in range(count)]
+    )
+    down, above = fake_quantize(x, fmt, rounding="minus_inf")[1].item(), fake_quantize(x, fmt, rounding="plus_inf")[1]
+    p = (1.03 - down) / (above.item() - down)
+    z = (up - (trials - 1) * p) / ((trials - 1) * p * (1 - p)) ** 0.5
+    assert 1e-6 < stats.chi2.cdf(float((z**2).sum()), count) < 1 - 1e-6
 
 
 def test_rows_are_not_alike() -> None:
