@@ -64,10 +64,14 @@ def asked_for(dtype: torch.dtype) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(text in str(error) for text in _NO_PRIMITIVE):
+        if not _tells_of_no_primitive(error):
             raise
         _failed.add(dtype)
         raise NoPrimitiveError(_message(dtype)) from error
+
+
+def _tells_of_no_primitive(error: RuntimeError) -> bool:
+    return any(text in str(error) for text in _NO_PRIMITIVE)
 
 
 def _message(dtype: torch.dtype) -> str:
@@ -99,10 +103,17 @@ def product(
         NoPrimitiveError: this processor, or this build of PyTorch, has no such product.
         RuntimeError: the operands do not fit each other.
     """
-    if not _fit(a, b, bias):  # of which oneDNN says the same as of a product that it has not got
+    # Called for every product: what costs time (10 us for `asked_for`) is left to the call that fails.
+    if a.dtype in _failed:
+        raise NoPrimitiveError(_message(a.dtype))
+    try:
         return _product(a, b, bias, attribute, arguments, algorithm)
-    with asked_for(a.dtype):
-        return _product(a, b, bias, attribute, arguments, algorithm)
+    except RuntimeError as error:
+        # Of operands that do not fit each other oneDNN says the same.
+        if not _tells_of_no_primitive(error) or not _fit(a, b, bias):
+            raise
+        _failed.add(a.dtype)
+        raise NoPrimitiveError(_message(a.dtype)) from error
 
 
 def _fit(a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
