@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch._dynamo.config as dynamo_config
+import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._inductor.utils import fresh_cache
 
@@ -30,4 +32,18 @@ def constant_weights() -> Iterator[None]:
 def stock_random_numbers() -> Iterator[None]:
     """Asks for eager's random numbers."""
     with inductor_config.patch(fallback_random=True):
+        yield
+
+
+@contextlib.contextmanager
+def memory_budget(share: float) -> Iterator[None]:
+    """Has less kept for backward, and more computed again: 1 is what is usual, 0 keeps inputs alone."""
+    with functorch_config.patch(activation_memory_budget=share):
+        yield
+
+
+@contextlib.contextmanager
+def no_collection_after_compiling() -> Iterator[None]:
+    """For who compiles thousands of models: Dynamo collects garbage after each."""
+    with dynamo_config.patch(run_gc_after_compile=False):
         yield

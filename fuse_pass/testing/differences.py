@@ -121,7 +121,9 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _numbers(name: str, ours: Tensor, eager: Tensor, exact: Tensor, noise: float) -> Iterator[Difference]:
-    if not torch.equal(_kinds(ours), _kinds(eager)):
+    # Where eager alone leaves the range of its dtype, ours may be the number that it should be.
+    better = torch.isfinite(ours) & ~torch.isfinite(eager) & torch.isfinite(exact)
+    if ((_kinds(ours) != _kinds(eager)) & ~better).any():
         yield Difference(name, "positions of NaN and infinities", f"{ours}, eager has {eager}"[:200])
         return
     finite = torch.isfinite(eager) & torch.isfinite(exact)

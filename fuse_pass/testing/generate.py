@@ -8,6 +8,7 @@ from random import Random
 from fuse_pass.testing.builder import Builder
 from fuse_pass.testing.distractors import distract
 from fuse_pass.testing.near_misses import NEAR_MISSES
+from fuse_pass.testing.observe import UNUSUAL_ROWS
 from fuse_pass.testing.plants import block, dense_act_dense, dropout_norm, spelled
 from fuse_pass.testing.program import Program, Settings
 from fuse_pass.testing.sources import ROWS
@@ -47,5 +48,7 @@ def generate(
         autocast=random.random() < 0.07,
         special=random.random() < 0.12 and batch > 0,
         fallback_random=b.fallback_random,
+        rows=random.choice(tuple(UNUSUAL_ROWS)) if random.random() < 0.2 else "",
+        budget=random.choices((1.0, 0.7, 0.5, 0.2, 0.0), (6, 1, 1, 1, 1))[0],
     )
     return b.program(settings, batch)

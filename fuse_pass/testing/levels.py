@@ -59,6 +59,7 @@ def ready_to_compare() -> Iterator[None]:
 
     with (
         mock.patch.object(FuseBackend, "rewrite", rewrite),
+        masks.in_fused(),
         mock.patch.object(torch.compiler.config, "force_disable_caches", True),
         warnings.catch_warnings(),
     ):

@@ -24,15 +24,37 @@ _LIBRARY = torch.library.Library("fuse_pass_testing", "DEF")
 
 
 class _Draws:
-    """The seed in force, and whether something random was asked for."""
+    """The seed in force, whether something random was asked for, and what happened to PyTorch's generator.
+
+    Backward begins with the generator seeded anew, as a draw that is made again would find it changed in real life.
+    A checkpoint sets the generator back for what it computes again.
+    """
 
     seed = 0
     any = False
+    moves_generator = False
+    in_forward = 0
+    _state = torch.empty(0)
+
+    @classmethod
+    def watch_generator(cls) -> None:
+        cls._state = torch.get_rng_state()
+
+    @classmethod
+    def note_whether_moved(cls) -> None:
+        cls.moves_generator |= not torch.equal(cls._state, torch.get_rng_state())
 
 
 def _seed(*, device: torch.device) -> Tensor:
     _Draws.any = True
     return torch.tensor(_Draws.seed, dtype=torch.int64, device=device)
+
+
+def _fused_seed(*, device: torch.device) -> Tensor:
+    """The seed in force; another one where a draw of forward is made again in backward."""
+    _Draws.any = True
+    again = torch.initial_seed() != _Draws.in_forward
+    return torch.tensor(_Draws.seed + (1 << 40 if again else 0), dtype=torch.int64, device=device)
 
 
 def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -53,18 +75,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 # Tagged like every op that draws: not to be folded into a constant, not to be run again in backward.
 # Activation checkpointing looks for the device among the keyword arguments.
-_LIBRARY.define(
-    "seed(*, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
-)
-_LIBRARY.impl("seed", _seed, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fuse_pass_testing::seed", lambda *, device: torch.empty((), dtype=torch.int64, device=device), lib=_LIBRARY
-)
+for _name, _body in (("seed", _seed), ("fused_seed", _fused_seed)):
+    _LIBRARY.define(
+        f"{_name}(*, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
+    )
+    _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"fuse_pass_testing::{_name}", lambda *, device: torch.empty((), dtype=torch.int64, device=device), lib=_LIBRARY
+    )
 _LIBRARY.define("dropout(Tensor x, Tensor seed, float p) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl("dropout", _dropped, "CompositeExplicitAutograd")
 torch.library.register_fake("fuse_pass_testing::dropout", lambda x, seed, p: torch.empty_like(x), lib=_LIBRARY)
 torch.library.register_autograd("fuse_pass_testing::dropout", _backward, setup_context=_setup, lib=_LIBRARY)
-compat.never_merge(torch.ops.fuse_pass_testing.seed)
+compat.never_merge(torch.ops.fuse_pass_testing.seed, torch.ops.fuse_pass_testing.fused_seed)
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -153,24 +176,53 @@ def in_eager() -> Iterator[None]:
         yield
 
 
-def use_in(module: GraphModule) -> GraphModule:
-    """Puts our dropout and our seed in place of all others in a Dynamo graph, fused or not, sub-graphs included.
+@contextlib.contextmanager
+def in_fused() -> Iterator[None]:
+    """Fused dropouts draw the tester's seed too: `fuse_pass.seed` stays in the graph, and what it calls is another.
 
-    A fused dropout keeps its own seed where the user asks for eager's random numbers, and is found out.
+    Where the user asks for eager's random numbers they keep their own seed, and are found out.
     """
+    original = compat.inductor_seed
+
+    def drawn(device: torch.device) -> Tensor:
+        if compat.draws_stock_random_numbers({}):
+            return original(device)
+        seed: Tensor = torch.ops.fuse_pass_testing.fused_seed(device=device)
+        return seed
+
+    with mock.patch.object(compat, "inductor_seed", drawn):
+        yield
+
+
+def use_in(module: GraphModule) -> GraphModule:
+    """Puts our dropout in place of all that are not fused in a Dynamo graph, sub-graphs included."""
     for child in module.modules():
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
                 if node.op in ("call_function", "call_method") and node.target in _TARGETS:
                     node.op, node.target = "call_function", _TARGETS[node.target]
-                elif node.target is torch.ops.fuse_pass.seed.default and not compat.draws_stock_random_numbers({}):
-                    node.target = torch.ops.fuse_pass_testing.seed.default
             child.recompile()
     return module
 
 
 @contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[type[_Draws]]:
-    """Every mask comes from `seed`; yields what is known of the draws."""
-    _Draws.seed, _Draws.any = seed, False
-    yield _Draws
+    """Every mask comes from `seed`; yields what is known of the draws, all of it at the end.
+
+    PyTorch's generator is as it was afterwards.
+    """
+    before = torch.get_rng_state()
+    _Draws.seed, _Draws.any, _Draws.moves_generator, _Draws.in_forward = seed, False, False, torch.initial_seed()
+    _Draws.watch_generator()
+    try:
+        yield _Draws
+        _Draws.note_whether_moved()
+    finally:
+        torch.set_rng_state(before)
+
+
+def begin_backward() -> None:
+    """To be called in `drawn_from` between forward and backward."""
+    _Draws.note_whether_moved()
+    torch.manual_seed(_Draws.in_forward ^ 1)
+    _Draws.watch_generator()

@@ -114,7 +114,6 @@ class ModelRuns:
         model.zero_grad()
         random.seed(seed)
         torch.manual_seed(seed)
-        before = torch.get_rng_state()
         with (
             masks.drawn_from(7919 * seed + i) as draws,
             torch.set_grad_enabled(self.training),
@@ -122,6 +121,7 @@ class ModelRuns:
         ):
             outputs = list(_tensors(call(*args, **kwargs)))
             roots = [y for y in outputs if y.requires_grad and y.is_floating_point()]
+            masks.begin_backward()
             if roots:
                 torch.autograd.backward(roots, [uneven(y) for y in roots])
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -134,7 +134,7 @@ class ModelRuns:
             buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
             aliases=frozenset(aliases(inputs, tuple(outputs))),
             draws=draws.any,
-            moves_generator=not torch.equal(before, torch.get_rng_state()),
+            moves_generator=draws.moves_generator,
         )
 
     def _fill(self, model: nn.Module, generator: torch.Generator) -> None:

@@ -11,10 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fuse_pass.inductor import debugging
-from fuse_pass.inductor.settings import stock_random_numbers
+from fuse_pass.inductor.settings import memory_budget, stock_random_numbers
 from fuse_pass.testing import masks
 
 ROUNDS = 2
+
+# What rows may be instead of normally distributed: constant, with one of these values, or so many times as large. The
+# constants are such that their rounded mean is another number; the square of a huge number overflows in float32.
+_CONSTANTS = (0.0, 0.2, -3.0, 2000.0, 11898.57421875, 1e6 + 1 / 16)
+UNUSUAL_ROWS: dict[str, tuple[bool, tuple[float, ...]]] = {
+    "constant": (True, _CONSTANTS),
+    "large": (False, (1e3, 1e6)),
+    "huge": (False, (1e30,)),
+    "huge and constant": (True, (1e30, -1e28)),
+    "tiny": (False, (1e-30, 1e-41)),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,11 @@ def observe(
     """
     for name, buffer in model.named_buffers():
         buffer.copy_(torch.ones_like(buffer) if name.endswith("var") else torch.zeros_like(buffer))
-    with stock_random_numbers() if namespace["SETTINGS"]["fallback_random"] else contextlib.nullcontext():
+    settings = namespace["SETTINGS"]
+    with (
+        stock_random_numbers() if settings["fallback_random"] else contextlib.nullcontext(),
+        memory_budget(settings["budget"]),
+    ):
         return [_round(namespace, model, call, dtype, seed, i) for i in range(ROUNDS)]
 
 
@@ -80,12 +95,12 @@ def _round(
         for tensor in inputs:
             debugging.maybe_mark_dynamic(tensor, 0)
     model.zero_grad()
-    state = torch.get_rng_state()
     with masks.drawn_from(7919 * seed + i) as draws:
         with torch.enable_grad() if settings["grad"] else torch.no_grad(), _autocast(settings, dtype):
             result = call(*inputs)
         outputs = result if isinstance(result, tuple) else (result,)
         roots = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad and y.is_floating_point()]
+        masks.begin_backward()
         if settings["grad"] and roots:
             torch.autograd.backward(roots, [uneven(y) for y in roots])
     return Round(
@@ -99,7 +114,7 @@ def _round(
         requires_grad=tuple(y.requires_grad for y in outputs),
         aliases=frozenset(aliases(inputs, outputs)),
         draws=draws.any,
-        moves_generator=not torch.equal(state, torch.get_rng_state()),
+        moves_generator=draws.moves_generator,
     )
 
 
@@ -123,12 +138,41 @@ def _leaves(
     namespace: dict[str, Any], stored: torch.dtype, dtype: torch.dtype, generator: torch.Generator, i: int
 ) -> Iterator[Tensor]:
     settings = namespace["SETTINGS"]
+    unusual = _Unusual(settings["rows"], generator) if settings["rows"] else None
     for j, (shape, requires_grad) in enumerate(namespace["INPUTS"]):
         batch = shape[0] + i if settings["dynamic"] else shape[0]
         value = torch.randn((batch, *shape[1:]), generator=generator, dtype=torch.float64)
+        value = value if unusual is None else unusual.of(value)
         if settings["special"] and j == 0 and value.numel():
             value[0, ..., 0, 0], value[-1, ..., -1, 1] = torch.nan, torch.inf
         yield value.to(stored).to(dtype).requires_grad_(requires_grad and settings["grad"])
+
+
+class _Unusual:
+    """About half of the rows, or all, replaced in the same way in every input, so that sums of them are such rows too.
+
+    Args:
+        kind: one of `UNUSUAL_ROWS`.
+        generator: of the choices.
+    """
+
+    def __init__(self, kind: str, generator: torch.Generator) -> None:
+        self._constant, choices = UNUSUAL_ROWS[kind]
+        self._generator = generator
+        self._lowest = int(self._below(3) == 0)  # all of the rows, or about half of them
+        self._size = choices[self._below(len(choices))]
+        self._chosen: Tensor | None = None
+
+    def _below(self, end: int) -> int:
+        return int(torch.randint(end, (), generator=self._generator))
+
+    def of(self, value: Tensor) -> Tensor:
+        """`value [..., columns]` with its rows replaced."""
+        rows = value.shape[:-1]
+        if self._chosen is None or self._chosen.shape[:-1] != rows:
+            # Not `torch.rand`, which may be replaced (`masks.in_eager`).
+            self._chosen = torch.randint(self._lowest, 2, (*rows, 1), generator=self._generator) == 1
+        return torch.where(self._chosen, self._size if self._constant else self._size * value, value)
 
 
 def uneven(like: Tensor) -> Tensor:

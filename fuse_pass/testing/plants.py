@@ -97,7 +97,7 @@ def add(b: Builder, x: Value, r: Value) -> Value:
 
 def norm(b: Builder, z: Value) -> Value:
     """LayerNorm or RMSNorm in one of their spellings."""
-    n, eps = z.width, b.one_of("1e-5", "1e-6", "1e-3")
+    n, eps = z.width, b.one_of("1e-12", "1e-6", "1e-5", "1e-3")
     w, bias, v = b.parameter(n), b.parameter(n), z.name
     expression = b.one_of(
         f"{b.module('norm', f'nn.LayerNorm({n}, eps={eps})')}({v})",

@@ -25,6 +25,8 @@ class Settings:
         autocast: whether the caller opens an autocast region around the model.
         special: whether the inputs hold NaN and infinities.
         fallback_random: whether the user asks for eager's random numbers.
+        rows: which rows of the inputs are not ordinary, one of `observe.UNUSUAL_ROWS`; empty for none.
+        budget: `activation_memory_budget`, which decides what is computed again in backward.
     """
 
     seed: int = 0
@@ -35,6 +37,8 @@ class Settings:
     autocast: bool = False
     special: bool = False
     fallback_random: bool = False
+    rows: str = ""
+    budget: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,6 @@ def _smaller(program: Program) -> Iterator[Program]:
         if not any(statement.mentions(argument.name) for statement in program.statements):
             yield replace(program, inputs=tuple(other for other in program.inputs if other is not argument))
     plain = Settings(seed=program.settings.seed)
-    for name in ("fallback_random", "special", "dynamic", "autocast", "dtype", "grad", "training"):
+    for name in ("budget", "rows", "fallback_random", "special", "dynamic", "autocast", "dtype", "grad", "training"):
         if getattr(program.settings, name) != getattr(plain, name):
             yield replace(program, settings=replace(program.settings, **{name: getattr(plain, name)}))
