@@ -8,6 +8,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.fx import Graph, GraphModule
@@ -19,13 +20,14 @@ from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scal
 from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks, private
-from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key
+from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.inductor.masked_softmax import MaskedSoftmax
 from fuse_pass.inductor.partition import MEMORY, RecomputeTags
 from fuse_pass.ops.dropout_masks import OwnMasks
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant, prepack
-from fuse_pass.report import Note, Reason, Report, publish
+from fuse_pass.quantized_calls import QuantizedCall, counted, warn_of_graph_break
+from fuse_pass.report import Decline, Note, Reason, Report, publish
 from fuse_pass.spec import QuantSpec, spec_of
 
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
@@ -38,6 +40,13 @@ class FuseBackend:
     """A configured backend for `torch.compile`.
 
     Two backends with the same configuration are equal, so that models share compiled code.
+
+    With `quantize`, a call that would compute in floating point raises RuntimeError: where none of its graphs ran (a
+    stance such as "force_eager", `torch.compiler.disable` around all of it) and where a function has reached Dynamo's
+    recompile limit. A graph break, and a function that Dynamo cannot compile, is a RuntimeWarning when it is compiled:
+    what runs eagerly there is not quantised. `fuse_pass.compile(model, quantize=…)` also finds every *layer* that runs
+    eagerly, and lets no other compiler look inside; `torch.compile` alone cannot, nor under
+    `torch.compiler.disable(compiled)`, which calls the model itself.
 
     Args:
         patterns: names of the patterns to apply, in any order; None for all.
@@ -121,7 +130,14 @@ class FuseBackend:
         configured = FuseBackend(**{**self.options, **own})
         own_random_numbers = not compat.draws_stock_random_numbers(inductor_options)
         fused, report = configured.rewrite(gm, own_random_numbers=own_random_numbers)
+        breaks: list[Decline] = []
+        if configured.quantize is not None:
+            breaks = _graph_break(gm, configured.quantize)
+            report.declines += breaks
+            fused = copy_graph_module(gm) if fused is gm else fused
+            compat.not_precompiled(fused)  # another process would run the graph without `counted`
         publish(report)
+        compat.note_in_precompiled(require_key, cache_key({}))
         compiler = compat.inductor_compiler(mode, inductor_options)
         passes = compat.joint_passes(inductor_options)
         compiler.config["joint_custom_post_pass"] = OnThisProcessor(passes)
@@ -134,7 +150,13 @@ class FuseBackend:
                 memory=configured.memory,
                 guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )
-        return compiler(fused, example_inputs)  # type: ignore[no-any-return]
+        compiled: Callable[..., Any] = compiler(fused, example_inputs)
+        return compiled if configured.quantize is None else counted(compiled, has_break=bool(breaks))
+
+    def call_context(self, options: Mapping[str, Any] | None) -> Callable[[], QuantizedCall] | None:
+        """What watches every call of what is compiled with this backend and `options`; None without `quantize`."""
+        quantize = (options or {}).get("quantize", self.quantize)
+        return None if quantize is None else functools.partial(QuantizedCall, spec_of(quantize))
 
     @collector_paused()
     def rewrite(self, gm: GraphModule, *, own_random_numbers: bool = True) -> tuple[GraphModule, Report]:
@@ -203,6 +225,15 @@ def _recompiled(module: GraphModule) -> GraphModule:
         if isinstance(child, GraphModule):
             child.recompile()
     return module
+
+
+def _graph_break(gm: GraphModule, spec: QuantSpec) -> list[Decline]:
+    """What to report of a quantised graph that ends before its function does."""
+    found = warn_of_graph_break(gm, spec)
+    if found is None:
+        return []
+    reason, file, line = found
+    return [Decline(fake_quant.NAME, Reason.GRAPH_BREAK, reason, "", f"{Path(file).name}:{line}" if file else "", "")]
 
 
 def _require_stateless(spec: QuantSpec) -> None:
@@ -307,6 +338,7 @@ def _bodies(
             yield child.graph, reason, regions
 
 
+compat.call_context_of_backends()
 fuse_backend = FuseBackend()
 private.register_backend(fuse_backend, name="fuse_pass_backend")
 if not compat.is_known_backend("fuse_pass"):  # no entry point has brought us here: an import, or a source tree

@@ -14,8 +14,10 @@ from torch import nn
 from fuse_pass.backend import FuseBackend, split_options
 from fuse_pass.convert import convert
 from fuse_pass.formats import Format
-from fuse_pass.inductor import private
-from fuse_pass.spec import QuantSpec
+from fuse_pass.inductor import compat, private
+from fuse_pass.nn.quantized import LAYER_FOR
+from fuse_pass.quantized_calls import watch_layers
+from fuse_pass.spec import QuantSpec, spec_of
 
 # Their arithmetic is out of a graph's reach.
 _OPAQUE = (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
@@ -46,7 +48,10 @@ def compile(
             where `FuseBackend` says.
             Layers that are one call in a graph (`nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN`) are swapped
             for Quantized* layers in a copy of the model that shares its parameters and buffers; call `train()` and
-            `eval()` on what is returned.
+            `eval()` on what is returned. A call that would compute in floating point raises RuntimeError (see
+            `FuseBackend`), also where one layer with weights runs eagerly: hooks on the layers find that, which do
+            nothing in compiled code or when the model itself is called. What is returned is not looked into by an
+            outer `torch.compile`, whose graph breaks there, nor by `torch.export`, which raises.
         memory: "fastest", "balanced" or "smallest": what is kept for backward; see `FuseBackend`.
         prepack: keep large weights a second time, in the order that a CPU multiplies fastest; see `FuseBackend`.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
@@ -55,6 +60,7 @@ def compile(
     Raises:
         ValueError: an unknown pattern name, option, `mode` or setting of `memory`; both `mode` and `options`.
         TypeError: `backend` is given, an argument that `torch.compile` does not know, or one of a wrong type.
+        RuntimeError: `quantize` where compilation is switched off (`disable=True`, TORCHDYNAMO_DISABLE=1).
     """
     if "backend" in torch_compile_kwargs:
         raise TypeError(
@@ -63,6 +69,8 @@ def compile(
         )
     backend = FuseBackend(patterns, quantize=quantize, memory=memory, prepack=prepack, strict=strict)
     _require_valid(torch_compile_kwargs)
+    options = torch_compile_kwargs.get("options") or {}
+    spec = backend.quantize if options.get("quantize") is None else spec_of(options["quantize"])
     if model is None:
         own: dict[str, Any] = {
             "patterns": patterns,
@@ -72,12 +80,38 @@ def compile(
             "strict": strict,
         }
         return functools.partial(compile, **own, **torch_compile_kwargs)
-    if backend.quantize is not None and isinstance(model, nn.Module):
-        model = _with_opaque_layers_quantised(model, backend.quantize)
+    if spec is not None and isinstance(model, nn.Module):
+        model = _with_opaque_layers_quantised(model, spec)
     compiled: Any = torch.compile(model, backend=backend, **torch_compile_kwargs)
     if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
         compiled.forward = _without_fast_path(compiled.forward)
+    if spec is None:
+        return compiled
+    if compiled is model:
+        raise RuntimeError(
+            f"quantize={spec}: expected torch.compile to compile, but it is switched off (disable=True or "
+            "TORCHDYNAMO_DISABLE=1) and would give the unquantised model; fuse_pass.convert quantises without compiling"
+        )
+    if not isinstance(model, nn.Module):
+        return _kept_whole(compiled)
+    watch_layers(model, tuple(LAYER_FOR))
+    compat.forget_original(compiled)
+    compiled.forward = _kept_whole(compiled.forward)
     return compiled
+
+
+def _kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What another `torch.compile` calls and does not look into: in its graph nothing would be quantised."""
+
+    @functools.wraps(function, updated=())  # without the notes by which Dynamo finds the function inside
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "quantize= of fuse_pass: export would write the unquantised model; use fuse_pass.convert"
+            )
+        return function(*args, **kwargs)
+
+    return torch.compiler.disable(run, reason="quantize= of fuse_pass needs a graph of its own")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     SWITCHED_OFF = "compilation is switched off"
     RECOMPILE_LIMIT = "recompile limit"
     REUSED = "compiled before"
+    GRAPH_BREAK = "graph break"
 
 
 ADVICE: dict[Reason, str] = {
@@ -74,6 +75,7 @@ ADVICE: dict[Reason, str] = {
     Reason.SWITCHED_OFF: "undo that setting while the model is called",
     Reason.RECOMPILE_LIMIT: "pass dynamic=True, call mark_dynamic on sizes that vary, or raise config.recompile_limit",
     Reason.REUSED: "open collect() before the first call, or call torch.compiler.reset() in between",
+    Reason.GRAPH_BREAK: "mend the break (fullgraph=True finds it), or use fuse_pass.convert",
 }
 
 

@@ -26,7 +26,9 @@ class RewriteError(RuntimeError):
 def copy_graph_module(module: GraphModule) -> GraphModule:
     """A copy that can be rewritten, sub-graphs included; parameters and everything that Dynamo noted are shared.
 
-    AOTAutograd needs `_param_name_to_source` and each placeholder's `_dynamo_source` for its cache and its guards.
+    AOTAutograd needs `_param_name_to_source` and each placeholder's `_dynamo_source` for its cache and its guards, and
+    `_backend_id` to be found by the next process that precompiles. What else Dynamo notes would only make its cache
+    key depend on where the model is called from (`_source_to_user_stacks`).
     """
     graph = Graph()
     twins: dict[Node, Node] = {}
@@ -37,7 +39,7 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
             new_output.meta = dict(node.meta)
     copy = private.lazy_graph_module(module, graph)
     copy.meta.update(module.meta)
-    for name in ("_param_name_to_source",):
+    for name in ("_param_name_to_source", "_backend_id", "compile_subgraph_reason"):
         if hasattr(module, name):
             setattr(copy, name, getattr(module, name))
     for original, twin in twins.items():

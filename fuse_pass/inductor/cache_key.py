@@ -47,6 +47,14 @@ def cache_key(options: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
+def require_key(key: bytes) -> None:
+    """Raises RuntimeError unless these sources, and what the probe has found, are those behind a `cache_key({})`."""
+    if key != cache_key({}):
+        raise RuntimeError(
+            "compiled by other sources of fuse_pass or on another machine; expected those of this process"
+        )
+
+
 def processor_key() -> tuple[str, ...]:
     """Changes whenever code that was compiled here could be wrong, or fail, where it is found again."""
     return processor(), instruction_set(), compat.vector_instructions(), onednn.abilities()

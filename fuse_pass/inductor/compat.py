@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
+from torch._dynamo import eval_frame, package, symbolic_convert
 from torch._dynamo.backends import registry
+from torch._dynamo.exc import FailOnRecompileLimitHit as RecompileLimitHit
+from torch._dynamo.repro.after_dynamo import WrapBackendDebug
+from torch._dynamo.utils import counters
 from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
 from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -21,9 +28,15 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "STORED_ONCE",
+    "RecompileLimitHit",
+    "call_context_of_backends",
     "disable_current_modes",
     "draws_stock_random_numbers",
+    "fail_at_recompile_limit",
+    "forget_original",
+    "frames_given_up",
     "give_room_for_seeds",
+    "graph_break",
     "has_fast_cpu_dtype",
     "has_vector_loops",
     "inductor_compiler",
@@ -36,14 +49,18 @@ __all__ = [
     "is_seed",
     "joint_passes",
     "keep_for_backward",
+    "never_compile_alone",
     "never_merge",
     "never_recomputed",
+    "not_precompiled",
+    "note_in_precompiled",
     "onednn_linear",
     "onednn_linear_add",
     "onednn_version",
     "pack_onednn_weight",
     "register_decomposition",
     "size_hint",
+    "stance",
     "stored_once",
     "vector_instructions",
 ]
@@ -240,3 +257,138 @@ def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], .
 def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:
     """Inductor as a callable (graph module, example inputs) → compiled function; its `.config` holds the patches."""
     return torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)  # type: ignore[attr-defined]
+
+
+# --- precompilation ---------------------------------------------------------------------------------------------------
+
+
+class _Stamp(package.InlinedSource):
+    """What a precompiled function depends on, beside the sources of the user; unpickled only where `load` agrees.
+
+    PyTorch looks functions up by name and line alone, checks the sources that they inline, and starts anew where an
+    entry cannot be unpickled.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.content  # type: ignore[return-value]
+
+
+def note_in_precompiled(load: Callable[..., None], *arguments: Any) -> None:
+    """Lets the function that is compiled now be loaded by another process only if `load(*arguments)` raises nothing.
+
+    Does nothing where PyTorch does not precompile (`torch._dynamo.config.caching_precompile`).
+    """
+    tracer = getattr(symbolic_convert.tls, "current_tx", None)
+    entry = None if tracer is None else tracer.output.package
+    if entry is not None:
+        stamp = _Stamp("torch", 1, 1, package._hash_source(""), (_checked, (load, arguments)))  # type: ignore[arg-type]
+        entry._source_info.inlined_sources.add(stamp)
+
+
+def _checked(load: Callable[..., None], arguments: tuple[Any, ...]) -> _Stamp:
+    load(*arguments)
+    return _Stamp("torch", 1, 1, package._hash_source(""), (_checked, (load, arguments)))  # type: ignore[arg-type]
+
+
+def not_precompiled(gm: torch.fx.GraphModule) -> None:
+    """Another process does not find what becomes of this graph, and compiles it."""
+    gm.__dict__.pop("_backend_id", None)
+
+
+# --- calls of compiled functions --------------------------------------------------------------------------------------
+
+
+class _CallContext:
+    """Gives what `torch.compile` wraps a backend in the attribute that Dynamo looks for, where the backend has one.
+
+    A backend with an attribute `backend_ctx_ctor` has the context that it makes entered at every call of what it
+    compiles, also when the call runs eagerly in the end. `torch.compile` hides the attribute behind its wrapper.
+    """
+
+    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
+        if wrapper is None:
+            return self
+        inner = wrapper._torchdynamo_orig_backend
+        make = getattr(getattr(inner, "compiler_fn", inner), "call_context", None)
+        made = None if make is None else make(getattr(inner, "kwargs", {}).get("options"))
+        if made is None:
+            raise AttributeError("backend_ctx_ctor")
+        return made
+
+
+def call_context_of_backends() -> None:
+    """Lets every backend have a method `call_context(options)`: what makes the context of a call, or None for none.
+
+    The method is asked once, by `torch.compile`, with the `options=` that it was given or None.
+    """
+    WrapBackendDebug.backend_ctx_ctor = _CallContext()  # type: ignore[attr-defined]
+
+
+def never_compile_alone(function: Any) -> None:
+    """Keeps Dynamo from compiling a call of a function from eager code; inside of compiled code it is traced."""
+    eval_frame.skip_code(function.__code__)
+
+
+def forget_original(compiled: Any) -> None:
+    """`torch.compile` and `torch.compiler.disable` of a compiled module then call it as it is, not what it compiles."""
+    del compiled._torchdynamo_orig_callable
+
+
+def stance() -> str | None:
+    """What `torch.compiler.set_stance` has set other than to compile and run with the backend that was given."""
+    now = eval_frame._stance
+    if now.stance != "default":
+        return now.stance
+    return None if now.backend is None else f"force_backend={now.backend!r}"
+
+
+def frames_given_up() -> int:
+    """How many frames Dynamo has left to eager PyTorch in this process because it could not compile them."""
+    frames = counters["frames"]
+    return frames["total"] - frames["ok"]
+
+
+def graph_break(gm: torch.fx.GraphModule) -> tuple[str, str, int] | None:
+    """Why a graph of Dynamo ended before the function did, and the file and line of it; None where it did not."""
+    ending = getattr(gm, "compile_subgraph_reason", None)
+    if ending is None or not ending.graph_break:
+        return None
+    reason = str(ending.reason).strip().partition("\n")[0]
+    frame = ending.user_stack[-1] if ending.user_stack else None
+    return (reason, "", 0) if frame is None else (reason, frame.filename, frame.lineno or 0)
+
+
+# The setting itself: a look at it by name takes 3 us, and this is asked at every call.
+_limit_setting: Any = dynamo_config._config["fail_on_recompile_limit_hit"]  # type: ignore[attr-defined]
+_limit_lock = threading.Lock()
+_limit_before: list[Any] = []
+
+
+def _fail_everywhere() -> Callable[[], None]:
+    """For torch 2.11, whose settings all threads share: the first to ask sets it, the last to restore sets it back."""
+    with _limit_lock:
+        _limit_before.append(_limit_setting.user_override)
+        _limit_setting.user_override = True
+    return _restore_everywhere
+
+
+def _restore_everywhere() -> None:
+    with _limit_lock:
+        before = _limit_before.pop()
+        if not _limit_before:
+            _limit_setting.user_override = before
+
+
+def _fail_here() -> Callable[[], None]:
+    setting = _limit_setting.user_override
+    before = setting.get()
+    setting.set(True)
+    return functools.partial(setting.set, before)
+
+
+def fail_at_recompile_limit() -> Callable[[], None]:
+    """From now on Dynamo raises `RecompileLimitHit` where it would leave a function to eager PyTorch for good.
+
+    Returns what sets it back. Written past the checks of the settings, which take longer than all the rest of a call.
+    """
+    return _fail_here() if isinstance(_limit_setting.user_override, ContextVar) else _fail_everywhere()

@@ -111,3 +111,43 @@ def test_another_processor_misses(cache: Path) -> None:
     assert there["fx"][0] == 0
     assert there["sum"] == pytest.approx(first["sum"], abs=1e-4)
     assert there["grad"] == pytest.approx(first["grad"], rel=1e-4)
+
+
+PRECOMPILED = PROGRAM.replace(
+    "y.sum().backward()", "y.sum().backward(); torch.compiler.save_cache_artifacts()"
+).replace(
+    '    "fx":',
+    '    "dynamo": dict(counters["dynamo_cache"]), "graphs": counters["stats"]["unique_graphs"],\n    "fx":',
+)
+
+
+@pytest.fixture
+def precompiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for programs that precompile."""
+    monkeypatch.setenv("TORCH_CACHING_PRECOMPILE", "1")
+    monkeypatch.setitem(globals(), "PROGRAM", PRECOMPILED)
+    shutil.copytree(PACKAGE, tmp_path / "sources" / "fuse_pass", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_precompiled_functions_are_found_until_the_sources_change(precompiling: Path) -> None:
+    first, second = run(precompiling), run(precompiling)
+    assert first["graphs"] == 1
+    assert second["graphs"] == 0
+    assert second["dynamo"] == {"dynamo_cache_hit": 1}
+    assert (second["sum"], second["grad"]) == (first["sum"], first["grad"])
+    with pytest.raises(AssertionError, match="expected this call to run a quantised graph, got none"):
+        run(precompiling, quantize="fp8_e4m3")  # which PyTorch takes for the same function
+    source = precompiling / "sources" / "fuse_pass" / "ops" / "rng.py"
+    source.write_text(source.read_text() + "\n# another version\n")
+    after = run(precompiling)
+    assert after["graphs"] == 1
+    assert after["dynamo"] == {"dynamo_cache_error": 1}
+
+
+@pytest.mark.slow
+def test_quantised_functions_are_not_precompiled(precompiling: Path) -> None:
+    first, second = (run(precompiling, quantize="fp8_e4m3") for _ in range(2))
+    assert first["graphs"] == second["graphs"] == 1
+    assert (second["sum"], second["grad"]) == (first["sum"], first["grad"])

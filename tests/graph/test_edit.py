@@ -20,12 +20,14 @@ X = torch.randn(3, 5, 8, requires_grad=True)
 
 
 def test_copies_share_parameters_and_notes_but_no_nodes() -> None:
-    original = graph_of(torch.nn.Linear(8, 4), X)
+    with torch._dynamo.config.patch(caching_precompile=True):
+        original = graph_of(torch.nn.Linear(8, 4), X)
     copy = copy_graph_module(original)
     assert copy is not original
     assert copy.code == original.code
     assert copy.meta == original.meta
-    assert getattr(copy, "_param_name_to_source", 0) is getattr(original, "_param_name_to_source", 0)
+    for name in ("_param_name_to_source", "_backend_id", "compile_subgraph_reason"):
+        assert getattr(copy, name) is getattr(original, name)
     for old, new in zip(original.graph.nodes, copy.graph.nodes, strict=True):
         assert old is not new
         assert old.name == new.name
