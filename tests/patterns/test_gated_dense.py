@@ -174,14 +174,20 @@ def test_written_out_gate_with_another_constant() -> None:
     assert_declines(gate, example_inputs(), Reason.CONSTANTS, "", backend=ONLY)
 
 
-def test_mutation_inside() -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_write_inside_matters_where_it_is_read(copied: bool) -> None:
     def function(x: Tensor, wg: Tensor, bg: Tensor, wu: Tensor, bu: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        scratch = x.detach().clone()
-        gate = F.silu(F.linear(x, wg, bg))
+        here = x * 1
+        scratch = here.clone() if copied else here.view(-1)
+        gate = F.silu(F.linear(here, wg, bg))
         scratch.add_(1)
-        return F.linear(gate * F.linear(x, wu, bu), w2, b2) + scratch.sum()
+        return F.linear(gate * F.linear(here, wu, bu), w2, b2) + scratch.sum()
 
-    assert_declines(function, example_inputs(), Reason.MUTATION, "", backend=ONLY)
+    with torch.no_grad():
+        if copied:
+            assert_fused_like_eager(function, example_inputs(), counts={"gated_dense": 1}, backend=ONLY)
+        else:
+            assert_declines(function, example_inputs(), Reason.MUTATION, "", backend=ONLY)
 
 
 @pytest.mark.parametrize("trained", [("x",), ("x", "gate_weight"), ("x", "up_weight")], ids=" ".join)
