@@ -132,9 +132,8 @@ def test_with_gradients_nothing_is_packed() -> None:
     assert found(model.requires_grad_(False), torch.randn(4, 8), grad=True).report.counts()["prepack"] == 1
 
 
-@pytest.mark.processor
 @pytest.mark.skipif(compat.onednn_linear() is None, reason="this build of PyTorch lacks oneDNN")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.processor)])
 @pytest.mark.parametrize("name", ["feed-forward", "gated", "tied"])
 def test_compiled_never_stale(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "PACKED", prepacked.PackedWeights())
