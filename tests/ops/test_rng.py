@@ -381,3 +381,11 @@ def test_seed_on_fake_tensors_draws_nothing() -> None:
 
 def test_seed_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.fuse_pass.seed.default, (), {"device": torch.device("cpu")})
+
+
+def test_taken_seed_is_a_copy() -> None:
+    counter = seed_of(2**62 + 5)
+    taken = torch.ops.fuse_pass.taken_seed(counter, device=torch.device("cpu"))
+    counter.add_(1)
+    assert (int(taken), int(counter)) == (2**62 + 5, 2**62 + 6)
+    torch.library.opcheck(torch.ops.fuse_pass.taken_seed.default, (counter,), {"device": torch.device("cpu")})
