@@ -15,6 +15,8 @@ from fuse_pass.testing.sources import ROWS
 from fuse_pass.testing.surroundings import SURROUNDINGS
 
 _NEAR_MISSES = (*NEAR_MISSES, *SURROUNDINGS)
+# Means of so many equal numbers are rounded, and the error of what is computed from them.
+_WIDE = ((1000,), (480, 480))
 _PLANTS = (spelled, spelled, dense_act_dense, dropout_norm, block)
 
 
@@ -29,7 +31,7 @@ def generate(
         plants: what to plant, instead of the above.
     """
     random = Random(seed)
-    widths = random.choice(((8,), (24,), (24, 24), (8, 24)))
+    widths = random.choices(((8,), (24,), (24, 24), (8, 24), *_WIDE), (4, 4, 4, 4, 1, 1))[0]
     b = Builder(random, [(*ROWS, width) for width in widths], distract)
     b.distract(0.5)
     for _ in range(random.choice((1, 1, 2))):
@@ -48,7 +50,7 @@ def generate(
         autocast=random.random() < 0.07,
         special=random.random() < 0.12 and batch > 0,
         fallback_random=b.fallback_random,
-        rows=random.choice(tuple(UNUSUAL_ROWS)) if random.random() < 0.2 else "",
+        rows=random.choice(tuple(UNUSUAL_ROWS)) if random.random() < (0.6 if widths in _WIDE else 0.15) else "",
         budget=random.choices((1.0, 0.7, 0.5, 0.2, 0.0), (6, 1, 1, 1, 1))[0],
     )
     return b.program(settings, batch)
