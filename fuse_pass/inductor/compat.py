@@ -142,7 +142,7 @@ def never_recomputed(op: torch._ops.OpOverload, library: torch.library.Library) 
     """
 
     def record(mode: ProxyTorchDispatchMode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = mode.__torch_dispatch__(func, types, args, kwargs or {})
+        result: Any = mode.__torch_dispatch__(func, types, args, kwargs or {})
         recorded = get_proxy_slot(result, mode.tracer, None)
         if recorded is not None:
             if _region_budget(recorded.proxy.node) == 0:

@@ -20,9 +20,18 @@ from tests.precision import assert_as_exact_as_eager
 pytestmark = pytest.mark.processor
 
 
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product has failed yet, and no warning was given."""
+    monkeypatch.setattr(onednn, "_failed", set())
+    dense._say_once.cache_clear()
+
+
 @needs_onednn
 @pytest.mark.parametrize("has", [True, False])
-def test_bfloat16_on_processors_with_and_without_it(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_on_processors_with_and_without_it(
+    has: bool, nothing_said: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Either answer on any processor; where oneDNN cannot multiply bfloat16, aten stands in for it."""
     prefer(gemm.ONEDNN, monkeypatch)
     if has and not onednn.multiplies(torch.bfloat16):
@@ -37,13 +46,6 @@ def test_bfloat16_on_processors_with_and_without_it(has: bool, monkeypatch: pyte
             dense.product_with_activation(a, b, bias, name, (), None)
         assert ("fuse_pass::gemm" in calls.names) == has
     assert dense.pays(a.device, a.dtype, SIZES["large"]) == has
-
-
-@pytest.fixture
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product has failed yet, and no warning was given."""
-    monkeypatch.setattr(onednn, "_failed", set())
-    dense._say_once.cache_clear()
 
 
 GEMMS = (torch.ops.fuse_pass.gemm.default, torch.ops.fuse_pass.gemm_prepacked.default)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fuse_pass.ops import rng
 from fuse_pass.report import Decline, Reason, Report
+from fuse_pass.testing.precision import allowed_error, error
 from tests.capture import Captured, capture
 from tests.precision import assert_as_exact_as_eager
 
@@ -84,10 +85,22 @@ def assert_agrees(ours: Result, of_eager: Result, exact: Result) -> None:
         # A function that casts to float64 itself does so after rounding its inputs; eager is then the truth.
         truth = eager_value if value.dtype is torch.float64 else exact_value.double()
         assert_as_exact_as_eager(value, eager_value, truth, f"value {i}")
+    largest = max((_largest(grad) for grad in exact.grads if grad is not None), default=0.0)
     for i, (grad, eager_grad, exact_grad) in enumerate(zip(ours.grads, of_eager.grads, exact.grads, strict=True)):
         assert (grad is None) == (eager_grad is None), f"gradient of argument {i}: {grad} where eager has {eager_grad}"
-        if grad is not None and eager_grad is not None and exact_grad is not None:
+        if grad is None or eager_grad is None or exact_grad is None:
+            continue
+        if 0 < _largest(exact_grad) < 1e-12 * largest:
+            # Its summands cancel, as those of a number that is added to a whole row before a LayerNorm: it is 0, which
+            # has no ulp, and what is left in float64 is rounding. The ulp is that of the summands.
+            allowed = allowed_error(error(eager_grad, exact_grad), torch.tensor(largest), grad.dtype)
+            assert error(grad, exact_grad) <= allowed, f"gradient of argument {i}, which is 0: {grad}"
+        else:
             assert_as_exact_as_eager(grad, eager_grad, exact_grad, f"gradient of argument {i}")
+
+
+def _largest(grad: Tensor) -> float:
+    return grad.abs().max().item() if grad.numel() else 0.0
 
 
 def fused(function: Callable[..., Any], arguments: list[Any], **options: Any) -> tuple[Captured, Result]:

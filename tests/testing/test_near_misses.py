@@ -19,7 +19,7 @@ GRAPHS = 12
 OF_LAYERS = {Reason.OVERLAP, Reason.NO_QUANTIZED_LAYER, Reason.EXCLUDED, Reason.DYNAMIC_SCALE}
 # Of a whole graph, or of code that never was one: reports note these.
 OF_COMPILATION = {
-    Reason.SPLIT, Reason.OTHER_BACKEND, Reason.SWITCHED_OFF, Reason.RECOMPILE_LIMIT, Reason.REUSED,
+    Reason.SPLIT, Reason.OTHER_BACKEND, Reason.SWITCHED_OFF, Reason.RECOMPILE_LIMIT, Reason.REUSED, Reason.GRAPH_BREAK,
 }  # fmt: skip
 PRODUCED_BY: dict[Reason, Callable[[Builder], Any]] = {
     Reason.SECOND_READER: near_misses.interior_read_again,
