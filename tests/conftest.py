@@ -1,4 +1,4 @@
-"""Every test starts from the same random state and without compiled code."""
+"""Every test starts from the same random state, without compiled code and before any product has failed."""
 
 from __future__ import annotations
 
@@ -24,5 +24,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def fresh_state() -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
+    onednn._failed.clear()
     yield
     torch._dynamo.reset()
