@@ -270,20 +270,23 @@ def test_what_holds_no_weights_may_run_eagerly() -> None:
 
 
 def test_layers_in_a_function_that_is_given_up() -> None:
-    """Its layers are compiled one by one, and those that are not by then are errors."""
+    """Its layers are compiled one by one (torch 2.11 leaves some out); what is not compiled is an error."""
     model = Model(in_loop=True)
     compiled = front(model, dynamic=False)
+    first = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first = compiled(X)
-    assert any("could not compile a function of this model" in message for message in ours(caught))
-    with torch.compiler.set_stance("eager_on_recompile"):
-        assert torch.equal(compiled(X), first)
-        with pytest.raises(RuntimeError, match=f"{LAYER}|{NO_GRAPH}"):
-            compiled(torch.randn(5, 4))
-    torch._dynamo.reset()  # Dynamo has given up the code of the class
-    model.in_loop = False
-    assert torch.equal(first, plain(model)(X)), "quantised all the same"
+        try:
+            first = compiled(X)
+        except RuntimeError as error:
+            assert f"{LAYER} head (Linear)" in str(error)  # noqa: PT017
+    with torch.compiler.set_stance("eager_on_recompile"), pytest.raises(RuntimeError, match=f"{LAYER}|{NO_GRAPH}"):
+        compiled(torch.randn(5, 4))
+    if first is not None:
+        assert any("could not compile a function of this model" in message for message in ours(caught))
+        torch._dynamo.reset()  # Dynamo has given up the code of the class
+        model.in_loop = False
+        assert torch.equal(first, plain(model)(X)), "quantised all the same"
 
 
 def test_torch_compile_tells_of_functions_that_are_given_up() -> None:
@@ -361,9 +364,14 @@ def test_exceptions_of_the_model_pass(compiled_by: Compile) -> None:
 
     error = MyError("mine")
 
-    def fails(x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
+    @torch.compiler.disable
+    def fail() -> None:
         raise error
+
+    def fails(x: Tensor) -> Tensor:
+        x = x + 1
+        fail()
+        return x
 
     compiled, works = compiled_by(fails), compiled_by(Model())
     with pytest.raises(MyError) as caught:
