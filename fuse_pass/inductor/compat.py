@@ -143,7 +143,7 @@ def never_recomputed(op: torch._ops.OpOverload, library: torch.library.Library) 
 
     def record(mode: ProxyTorchDispatchMode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result: Any = mode.__torch_dispatch__(func, types, args, kwargs or {})
-        recorded = get_proxy_slot(result, mode.tracer, None)
+        recorded: Any = get_proxy_slot(result, mode.tracer, None)
         if recorded is not None:
             if _region_budget(recorded.proxy.node) == 0:
                 raise RuntimeError(

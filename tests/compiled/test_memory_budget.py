@@ -268,11 +268,14 @@ def test_a_budget_of_zero_keeps_inputs_and_seeds(backend: Any, graphs: list[Grap
 
 
 @pytest.mark.usefixtures("no_code")
+@pytest.mark.parametrize("backend", [fuse_backend, "inductor"])
 @pytest.mark.parametrize("budget", [0.5, 0.0])
-def test_inside_a_region_that_is_compiled_once(budget: float) -> None:
+def test_inside_a_region_that_is_compiled_once(budget: float, backend: Any) -> None:
     """Its body has a forward and a backward of its own."""
+    if budget == 0 and torch.__version__ < "2.13":
+        pytest.skip("this PyTorch runs the whole forward of a region again, and our marks are inside")
     with functorch_config.patch(activation_memory_budget=budget):
-        assert_right(OwnNorm(), fuse_backend, call=torch.compiler.nested_compile_region)
+        assert_right(OwnNorm(), backend, call=torch.compiler.nested_compile_region)
 
 
 @pytest.mark.usefixtures("no_code")
