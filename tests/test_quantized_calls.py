@@ -3,120 +3,38 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import Tensor
 
 import fuse_pass
-from fuse_pass import FuseBackend, Reason
+from fuse_pass import Reason
 from fuse_pass.inductor import compat
+from tests import eager_code
+from tests.eager_code import (
+    LAYER,
+    NO_GRAPH,
+    THE_LIMIT,
+    Compile,
+    Model,
+    X,
+    a_break,
+    both,
+    disabled_block,
+    disabled_function,
+    disabled_layer,
+    every,
+    front,
+    ours,
+    plain,
+    without_inductor,
+)
 
-X = torch.randn(3, 4)
-SPEC = "fp8_e4m3"
-NO_GRAPH = "expected this call to run a quantised graph, got none"
-LAYER = "expected every layer to run in a quantised graph, but"
-THE_LIMIT = "has reached Dynamo's recompile limit, and would run unquantised"
-Compile = Callable[..., Any]
-
-
-class RunsGraphs:
-    """Instead of Inductor: the rewritten graph itself."""
-
-    def __init__(self, *_: Any) -> None:
-        self.config: dict[str, Any] = {}
-
-    def __call__(self, gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return gm.forward  # type: ignore[no-any-return]
-
-
-@pytest.fixture(autouse=True)
-def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat, "inductor_compiler", RunsGraphs)
-    torch._dynamo.reset()
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=3):
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
-
-
-def plain(function: Any, quantize: Any = SPEC, **options: Any) -> Any:
-    return torch.compile(function, backend=FuseBackend(quantize=quantize), **options)
-
-
-def by_options(function: Any, **options: Any) -> Any:
-    return torch.compile(function, backend="fuse_pass", options={"quantize": SPEC}, **options)
-
-
-def front(function: Any, quantize: Any = SPEC, **options: Any) -> Any:
-    return fuse_pass.compile(function, quantize=quantize, **options)
-
-
-def in_place(function: Any, **options: Any) -> Any:
-    """`module.compile()`, for modules alone."""
-    function.compile(backend=FuseBackend(quantize=SPEC), **options)
-    return function
-
-
-both = pytest.mark.parametrize("compiled_by", [plain, front], ids=["torch.compile", "fuse_pass.compile"])
-every = pytest.mark.parametrize("compiled_by", [plain, by_options, front, in_place])
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.scale = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(torch.tanh(self.up(x)), self.scale)
-
-
-class Model(nn.Module):
-    """Blocks and a head, with something in between that Dynamo cannot compile or was told not to."""
-
-    def __init__(self, between: Callable[[Model, Tensor], Tensor] | None = None, *, in_loop: bool = False) -> None:
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(4, 4)
-        self.between, self.in_loop = between, in_loop
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-            if self.in_loop:
-                torch._dynamo.graph_break()
-        if self.between is not None:
-            x = self.between(self, x)
-        return self.head(x)
-
-
-def a_break(model: Model, x: Tensor) -> Tensor:
-    torch._dynamo.graph_break()
-    return x
-
-
-@torch.compiler.disable
-def disabled_layer(model: Model, x: Tensor) -> Tensor:
-    return model.head(x)
-
-
-@torch.compiler.disable
-def disabled_block(model: Model, x: Tensor) -> Tensor:
-    return model.blocks[0](x)
-
-
-@torch.compiler.disable
-def disabled_function(model: Model, x: Tensor) -> Tensor:
-    return x.relu()
-
-
-def ours(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(warning.message) for warning in caught if "fuse_pass" in str(warning.message)]
+__all__ = ["without_inductor"]  # a fixture
 
 
 # --- the whole call ---------------------------------------------------------------------------------------------------
@@ -235,11 +153,11 @@ def test_a_graph_break_is_told_once_per_place(compiled_by: Compile) -> None:
     messages = ours(caught)
     assert len(messages) == 1
     assert "a quantised graph ends here (" in messages[0]
-    assert caught[0].filename == __file__
+    assert caught[0].filename == eager_code.__file__
     line = caught[0].lineno
     declines = [decline for decline in report.declines if decline.reason is Reason.GRAPH_BREAK]
     assert declines
-    assert {decline.source for decline in declines} == {f"test_quantized_calls.py:{line}"}
+    assert {decline.source for decline in declines} == {f"eager_code.py:{line}"}
     model.between = None
     assert torch.equal(compiled_by(model)(X), first), "quantised before and after it"
 
@@ -310,125 +228,3 @@ def test_hooks_cost_no_graphs_and_leave_the_model_alone() -> None:
     assert torch.equal(model(X), before), "by itself it is not watched"
     assert torch.equal(copy.deepcopy(model)(X), before)
     assert list(model.state_dict()) == list(Model().state_dict())
-
-
-# --- other compilers --------------------------------------------------------------------------------------------------
-
-
-def test_no_other_compiler_looks_inside() -> None:
-    model = Model()
-    compiled = front(model)
-    expected = compiled(X) + 1
-    assert not torch.equal(model(X) + 1, expected)
-    assert torch.equal(torch.compile(lambda x: compiled(x) + 1, backend="eager")(X), expected)
-    assert torch.equal(torch.compiler.disable(compiled)(X) + 1, expected)
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = compiled
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + 1
-
-    assert torch.equal(torch.compile(Outer(), backend="eager")(X), expected)
-    with pytest.raises(RuntimeError, match=r"export would write the unquantised model; use fuse_pass\.convert"):
-        torch.export.export(compiled, (X,))
-
-
-def test_what_is_not_compiled_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"expected torch\.compile to compile, but it is switched off"):
-        front(Model(), disable=True)
-    assert fuse_pass.compile(Model(), disable=True)(X).shape == (3, 4), "unquantised, as was asked"
-
-
-def test_without_quantize_nothing_is_watched() -> None:
-    compiled = torch.compile(Model(), backend=FuseBackend(), dynamic=False)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for rows in (2, 3, 4, 5):
-            compiled(torch.randn(rows, 4))
-        with torch.compiler.set_stance("force_eager"):
-            compiled(X)
-        torch.compile(Model(a_break), backend=FuseBackend())(X)
-    assert not ours(caught)
-
-
-# --- exceptions, nesting, threads -------------------------------------------------------------------------------------
-
-
-@both
-def test_exceptions_of_the_model_pass(compiled_by: Compile) -> None:
-    class MyError(Exception):
-        pass
-
-    error = MyError("mine")
-
-    @torch.compiler.disable
-    def fail() -> None:
-        raise error
-
-    def fails(x: Tensor) -> Tensor:
-        x = x + 1
-        fail()
-        return x
-
-    compiled, works = compiled_by(fails), compiled_by(Model())
-    with pytest.raises(MyError) as caught:
-        compiled(X)
-    assert caught.value is error
-    works(X)
-    try:
-        raise error
-    except MyError:
-        works(X)  # an exception that is handled meanwhile is none of the call
-        with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=f"{LAYER}|{NO_GRAPH}"):
-            works(X)
-        with pytest.raises(MyError) as caught:
-            compiled(X)  # the same exception, raised once more
-        assert caught.value is error
-
-
-@both
-def test_nested_calls_are_told_apart(compiled_by: Compile) -> None:
-    model = Model()
-    inner, other = compiled_by(model), compiled_by(model, quantize="fp8_e5m2")
-
-    def calls(function: Any) -> Any:
-        hidden = torch.compiler.disable(lambda x: function(x))
-        return compiled_by(lambda x: hidden(x))
-
-    assert torch.equal(calls(inner)(X), inner(X)), "graphs of the same spec are as good as its own"
-    with pytest.raises(RuntimeError, match=NO_GRAPH):
-        calls(other)(X)
-    with pytest.raises(RuntimeError, match=f"{LAYER}|{NO_GRAPH}"):
-        calls(model)(X)
-    inner(X)
-
-
-@both
-def test_threads_are_told_apart(compiled_by: Compile) -> None:
-    model = Model()
-    compiled, eager = compiled_by(model), compiled_by(lambda x: disabled_layer(model, x))
-    expected = compiled(X)
-    with pytest.raises(RuntimeError):
-        eager(X)
-    wrong: list[str] = []
-
-    def work(is_eager: bool) -> None:
-        for _ in range(30):
-            try:
-                y = (eager if is_eager else compiled)(X)
-                if is_eager or not torch.equal(y, expected):
-                    wrong.append("no error, or another result")
-            except RuntimeError as error:
-                if not is_eager:
-                    wrong.append(str(error))
-
-    threads = [threading.Thread(target=work, args=(is_eager,)) for is_eager in (True, False, True, False)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert torch._dynamo.config.fail_on_recompile_limit_hit is False
