@@ -22,6 +22,7 @@ from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import Graph, GraphModule, Node, traceback
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy
@@ -134,6 +135,13 @@ def _region_budget(node: Node) -> float | None:
     return custom.get(_REGION_BUDGET) if isinstance(custom, dict) and _REGION_BUDGET else None
 
 
+def _is_run_again_whole() -> bool:
+    """Whether what is recorded now lies in a subgraph of which backward keeps nothing: marks inside do not matter."""
+    tracer = proxy_tensor._CURRENT_MAKE_FX_TRACER
+    inside = tracer is not None and tracer.is_hop_subgraph_tracer()
+    return inside and torch.__version__ < "2.13" and functorch_config.activation_memory_budget == 0
+
+
 def never_recomputed(op: torch._ops.OpOverload, library: torch.library.Library) -> None:
     """Lets everyone who records a call of `op`, which returns one tensor, keep its result for backward.
 
@@ -150,6 +158,12 @@ def never_recomputed(op: torch._ops.OpOverload, library: torch.library.Library) 
                     "region_activation_memory_budget: expected a budget above 0 around a random draw of fuse_pass, "
                     "got 0, with which PyTorch draws again in backward and gradients would be wrong; "
                     "use 1e-9, the global activation_memory_budget=0, or backend='fuse_pass'"
+                )
+            if _is_run_again_whole():
+                raise RuntimeError(
+                    "activation_memory_budget: expected a budget above 0 around a random draw of fuse_pass in a "
+                    "subgraph (nested_compile_region), got 0, with which this PyTorch runs the subgraph again in "
+                    "backward and gradients would be wrong; use 1e-9, or torch 2.13 or newer"
                 )
             keep_for_backward(recorded.proxy.node)
         return result

@@ -63,6 +63,8 @@ def test_spellings(function: Callable[..., Tensor]) -> None:
 def test_half_precision_whose_layout_stays() -> None:
     found = assert_fused_like_eager(head(MOVES["an image of rows"]), inputs(torch.bfloat16))
     assert found.report.counts() == {"dense_act_dense": 1}, str(found.report)
+    with torch.no_grad():
+        assert_declines(head(MOVES["an image of rows"]), inputs(torch.bfloat16), Reason.COST, "conv2d")
 
 
 def test_dropout_between() -> None:
