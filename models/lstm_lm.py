@@ -1,7 +1,8 @@
 """LSTM language model with dropout between the layers (Zaremba et al., arXiv:1409.2329).
 
 Where the patterns are: nowhere; it has dropout but no norm, and one Linear. Unless `torch._dynamo.config.allow_rnn`
-is set, Dynamo gives up a frame that calls nn.LSTM: it runs eagerly as a whole and no graph reaches the backend.
+is set, Dynamo gives up a frame that calls nn.LSTM: it runs eagerly as a whole and no graph reaches the backend. From
+torch 2.15 on the layer alone runs eagerly.
 """
 
 from __future__ import annotations

@@ -53,11 +53,19 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, prepack: bool =
         bias: of any strides.
         prepack: b is a weight that stays as it is from call to call.
     """
+    _refuse_mixed_dtypes(a, b, bias)
     if prepack and prepacking_pays(b, a.shape[0]):
         return _prepacked(a, b, bias, None, ())
     if _sums_pay(a, b):
         return _sums(a, b, bias)
     return _product(a, b, bias, _provider(a, b), None, ())
+
+
+def _refuse_mixed_dtypes(a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """PyTorch's products refuse them too; sums and oneDNN (from 3.13 on) would promote."""
+    if a.dtype != b.dtype or (bias is not None and bias.dtype != b.dtype):
+        dtypes = f"{a.dtype} and {b.dtype}" + ("" if bias is None else f" with a bias of {bias.dtype}")
+        raise RuntimeError(f"expected a product of one dtype, got {dtypes}; convert the input or the module")
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -97,6 +105,7 @@ def product_with_activation(
     prepack: bool = False,
 ) -> Tensor:
     """`activation(product(a, b, bias))`, in one call where a library offers that and it pays."""
+    _refuse_mixed_dtypes(a, b, bias)
     row = ACTIVATIONS[activation]
     if prepack and row.post_op is not None and prepacking_pays(b, a.shape[0]):
         return _prepacked(a, b, bias, row.post_op, arguments)

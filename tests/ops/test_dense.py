@@ -199,10 +199,16 @@ def test_float16_stays_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch
     assert torch.float32 not in calls.dtypes
 
 
-def test_mixed_dtypes_are_refused(library: str) -> None:
+@pytest.mark.parametrize("rows", [None, 1], ids=["rows", "one row"])
+def test_mixed_dtypes_are_refused(library: str, rows: int | None) -> None:
     a, b, bias = operands("large", torch.float32)
-    with pytest.raises(RuntimeError):
-        dense.product(a, b.bfloat16(), bias)
+    a = a[:rows]
+    assert bias is not None
+    for mixed in ((a, b.bfloat16(), bias), (a.bfloat16(), b, bias), (a, b, bias.bfloat16())):
+        with pytest.raises(RuntimeError, match=r"expected a product of one dtype, got torch\.\w+ and torch\.\w+ with"):
+            dense.product(*mixed)
+        with pytest.raises(RuntimeError, match="expected a product of one dtype"):
+            dense.product_with_activation(*mixed, "gelu", (), None)
 
 
 def test_inner_sizes_must_agree(library: str) -> None:
