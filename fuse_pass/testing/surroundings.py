@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from fuse_pass.testing import plants
 from fuse_pass.testing.builder import Builder, Value
 from fuse_pass.testing.sources import ROWS
@@ -15,7 +17,8 @@ _REGIONS = (
     "with torch.no_grad():",
     "with torch.no_grad():",
     "with torch.enable_grad():",
-    "with torch.inference_mode():",
+    # Older ones fail to compile it, and no call of PyTorch works in that process afterwards.
+    "with torch.inference_mode():" if torch.__version__ >= "2.13" else "with torch.no_grad():",
 )
 
 

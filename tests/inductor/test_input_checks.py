@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from fuse_pass.backend import FuseBackend, fuse_backend
 
 ROWS, WIDTH, HIDDEN = 4, 8, 16
+GUARDED = torch.__version__ >= "2.12"  # the sizes of parameters, by Dynamo
 
 
 def block() -> nn.Module:
@@ -29,10 +30,9 @@ def checks(call: Callable[..., Any], *args: Any) -> list[int]:
 
 def _checked(line: str) -> int:
     """How many inputs a line of generated code checks; torch 2.15 checks those of one kernel together."""
-    if "'input')" not in line:
-        return 0
-    group = re.search(r"assert_size_stride_grouped\(\(([^)]*)\)", line)
-    return len(group[1].split(",")) if group else int("assert_size_stride(" in line)
+    group = re.search(r"assert_size_stride_grouped\(\(([^)]*)\).*'input'\)", line)
+    one = re.search(r"assert_size_stride\((?:arg|primals_|tangents_)", line)
+    return len(group[1].split(",")) if group else int(one is not None)
 
 
 def infer(model: nn.Module, x: Tensor, **settings: Any) -> list[int]:
@@ -45,7 +45,7 @@ def test_stock_inductor_checks_every_input() -> None:
 
 
 def test_fused_graph_checks_none() -> None:
-    assert infer(block(), torch.randn(ROWS, WIDTH), backend=fuse_backend) == [0]
+    assert infer(block(), torch.randn(ROWS, WIDTH), backend=fuse_backend) == [0 if GUARDED else 5]
 
 
 def test_graph_with_nothing_of_ours_checks_every_input() -> None:
@@ -58,13 +58,13 @@ def test_asked_for_checks_are_made() -> None:
 
 
 def test_input_of_varying_size_is_checked() -> None:
-    assert infer(block(), torch.randn(ROWS, WIDTH), backend=fuse_backend, dynamic=True) == [1]
+    assert infer(block(), torch.randn(ROWS, WIDTH), backend=fuse_backend, dynamic=True) == [1 if GUARDED else 5]
 
 
 def test_backward_checks_what_hooks_on_saved_tensors_may_change() -> None:
     compiled = torch.compile(block(), backend=fuse_backend)
     forward, backward = checks(lambda x: compiled(x).sum().backward(), torch.randn(ROWS, WIDTH, requires_grad=True))
-    assert forward == 0
+    assert forward == (0 if GUARDED else 5)
     assert backward > 0
 
 
@@ -94,5 +94,9 @@ def test_another_size_is_compiled_anew(change: str) -> None:
             model[2].weight.data, model[2].bias.data = torch.randn(3, HIDDEN), torch.randn(3)  # type: ignore[index,union-attr]
         else:
             model[0], model[2] = nn.Linear(WIDTH, 5), nn.Linear(5, WIDTH)  # type: ignore[operator]
+        if "weight" in change and not GUARDED:  # nor does plain torch.compile compile it anew
+            with pytest.raises(AssertionError, match="expected size"):
+                compiled(x)
+            return
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 2

@@ -85,8 +85,9 @@ def test_other_sizes_and_types(shape: tuple[int, ...] | None, dtype: torch.dtype
     scores = scores.to(dtype)
     gm = captured(masked, scores, mask)
     expected = gm(scores, mask)
+    has_maximum = count(gm, aten.amax.default) > 0  # before torch 2.12, a softmax of no elements has none
     result = rewritten(gm)
-    assert count(result, aten.any.dim) == 0
+    assert count(result, aten.any.dim) == int(not has_maximum)
     assert same(result(scores, mask), expected)
 
 

@@ -104,8 +104,9 @@ def test_dense_subclass_by_torch_function(name: str, subclass: type[Tensor], mat
     # The bias reaches GELU through the sum, as the input does; the second bias comes after it.
     assert found.report.counts()["dense_act_dense"] == (1 if name == "bias2" else matches)
     assert type(found.output) is type(expected)
-    of_eager = mlp(*inputs.values())
-    torch.testing.assert_close(found.output.as_subclass(Tensor), of_eager.as_subclass(Tensor))
+    # Before torch 2.12, what Dynamo itself traces has another value than eager here.
+    truth = mlp(*inputs.values()) if torch.__version__ >= "2.12" else expected
+    torch.testing.assert_close(found.output.as_subclass(Tensor), truth.as_subclass(Tensor))
 
 
 def jagged(width: int) -> Tensor:

@@ -147,7 +147,8 @@ def test_second_reader(which: str) -> None:
         gate, up = F.linear(x, wg, bg), F.linear(x, wu, bu)
         activation = F.silu(gate)
         product = activation * up
-        return F.linear(product, w2, b2), {**locals()}[which].sum()
+        read = {"gate": gate, "activation": activation, "up": up, "product": product}[which]
+        return F.linear(product, w2, b2), read.sum()
 
     assert_declines(function, example_inputs(), Reason.SECOND_READER, "", backend=ONLY)
 
