@@ -34,6 +34,8 @@ _ROWS_PER_BLOCK = 16
 
 # Of the mean, the first estimate of it: the roundings of a sum may not carry it beyond the largest number.
 _SHORT = 1 - 2.0**-14
+# Of a row, where it is only known at run time: so many elements of the largest size may be added.
+_USUAL_SIZE = 2**13
 
 
 def _split(x: Tensor, normalized_dims: int) -> tuple[int, int]:
@@ -82,11 +84,15 @@ def _mean(wide: Tensor, dims: list[int], size: Any) -> Tensor:
 
     For a constant row the second step is exact to far less than an ulp of the result, which is the row's own value: the
     normalised row is 0, and no rounding is left to be divided by the root of eps. The variance is then a mean of
-    squares and not below 0, as `mean(x²) - mean(x)²` could be. Both steps sum elements that are divided already, and
-    the estimate falls a little short, so that no sum is larger than the largest element: none overflows.
+    squares and not below 0, as `mean(x²) - mean(x)²` could be. The estimate sums elements that are divided already and
+    falls a little short, so that no sum is larger than the largest element: it does not overflow. The rest is divided
+    after the sum, or the smallest numbers would lose their bits. It does not overflow either: where a distance from the
+    estimate is limited, its square is infinite, and so is the variance.
     """
     estimate = _share(wide, size, _SHORT).sum(dims, keepdim=True)
-    return estimate + _share(wide - estimate, size).sum(dims, keepdim=True)
+    limit = torch.finfo(wide.dtype).max / (size if isinstance(size, int) and size else _USUAL_SIZE)
+    rest = (wide - estimate).clamp(-limit, limit).sum(dims, keepdim=True)
+    return estimate + _share(rest, size)
 
 
 def _share(total: Tensor, size: Any, of: float = 1.0) -> Tensor:

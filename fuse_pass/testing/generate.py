@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -53,4 +54,7 @@ def generate(
         rows=random.choice(tuple(UNUSUAL_ROWS)) if random.random() < (0.6 if widths in _WIDE else 0.15) else "",
         budget=random.choices((1.0, 0.7, 0.5, 0.2, 0.0), (6, 1, 1, 1, 1))[0],
     )
+    if settings.dtype == "float64" and settings.rows == "huge and constant":
+        # Eager's own mean of such a row is off by its last bits, beside which all else is small: it is no reference.
+        settings = dataclasses.replace(settings, rows="huge")
     return b.program(settings, batch)

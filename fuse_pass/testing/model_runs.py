@@ -98,6 +98,9 @@ class ModelRuns:
         with masks.in_eager():
             return self._observed(self._wide, self._wide, seed)
 
+    def nearby(self, seed: int) -> None:
+        """Data of real models are no unusual ones."""
+
     def in_float32(self, seed: int) -> Runs | None:
         return None  # no model computes in float64
 

@@ -60,7 +60,13 @@ def build(namespace: dict[str, Any], dtype: torch.dtype) -> nn.Module:
 
 
 def observe(
-    namespace: dict[str, Any], model: nn.Module, call: Callable[..., Any], dtype: torch.dtype, seed: int
+    namespace: dict[str, Any],
+    model: nn.Module,
+    call: Callable[..., Any],
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    scale: float = 1.0,
 ) -> list[Round]:
     """Calls `call` (the model, or what it was compiled to) once per round.
 
@@ -70,6 +76,7 @@ def observe(
         call: takes the inputs.
         dtype: of parameters and inputs, whose values are those of the program's own dtype.
         seed: of weights, data and masks.
+        scale: what the inputs are multiplied by.
     """
     for name, buffer in model.named_buffers():
         buffer.copy_(torch.ones_like(buffer) if name.endswith("var") else torch.zeros_like(buffer))
@@ -78,17 +85,23 @@ def observe(
         stock_random_numbers() if settings["fallback_random"] else contextlib.nullcontext(),
         memory_budget(settings["budget"]),
     ):
-        return [_round(namespace, model, call, dtype, seed, i) for i in range(ROUNDS)]
+        return [_round(namespace, model, call, dtype, seed, i, scale) for i in range(ROUNDS)]
 
 
 def _round(
-    namespace: dict[str, Any], model: nn.Module, call: Callable[..., Any], dtype: torch.dtype, seed: int, i: int
+    namespace: dict[str, Any],
+    model: nn.Module,
+    call: Callable[..., Any],
+    dtype: torch.dtype,
+    seed: int,
+    i: int,
+    scale: float,
 ) -> Round:
     settings = namespace["SETTINGS"]
     stored = getattr(torch, settings["dtype"])
     generator = torch.Generator().manual_seed(1000 * seed + i)
     _fill(model, stored, generator)
-    leaves = list(_leaves(namespace, stored, dtype, generator, i))
+    leaves = list(_leaves(namespace, stored, dtype, generator, i, scale))
     # Copies, so that a model may write into its inputs.
     inputs = [leaf.clone() for leaf in leaves]
     if settings["dynamic"]:
@@ -135,7 +148,12 @@ def _fill(model: nn.Module, stored: torch.dtype, generator: torch.Generator) -> 
 
 
 def _leaves(
-    namespace: dict[str, Any], stored: torch.dtype, dtype: torch.dtype, generator: torch.Generator, i: int
+    namespace: dict[str, Any],
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    i: int,
+    scale: float,
 ) -> Iterator[Tensor]:
     settings = namespace["SETTINGS"]
     unusual = _Unusual(settings["rows"], generator) if settings["rows"] else None
@@ -145,7 +163,7 @@ def _leaves(
         value = value if unusual is None else unusual.of(value)
         if settings["special"] and j == 0 and value.numel():
             value[0, ..., 0, 0], value[-1, ..., -1, 1] = torch.nan, torch.inf
-        yield value.to(stored).to(dtype).requires_grad_(requires_grad and settings["grad"])
+        yield (value.to(stored).to(dtype) * scale).requires_grad_(requires_grad and settings["grad"])
 
 
 class _Unusual:
@@ -160,7 +178,8 @@ class _Unusual:
         self._constant, choices = UNUSUAL_ROWS[kind]
         self._generator = generator
         self._lowest = int(self._below(3) == 0)  # all of the rows, or about half of them
-        self._size = choices[self._below(len(choices))]
+        # As float32 has it, so that float64 sums many of them exactly: of 1e30 itself its mean would be another number.
+        self._size = torch.tensor(choices[self._below(len(choices))], dtype=torch.float32).item()
         self._chosen: Tensor | None = None
 
     def _below(self, end: int) -> int:

@@ -32,11 +32,15 @@ class Numbers:
         ours: the error of what fuse_pass compiles.
         stock: of what torch.compile compiles.
         gradients: which of the two leave a gradient that eager does not.
+        stock_at_first: whether stock has its error for the first set of data too.
+        reference: by how much float64 is off for inputs that are hardly others.
     """
 
     ours: float
     stock: float = 0.0
     gradients: tuple[str, ...] = ()
+    stock_at_first: bool = True
+    reference: float = 0.0
     level: str = "aot"
     seed: int = 0
     compiled_as: list[str] = field(default_factory=list)
@@ -45,13 +49,20 @@ class Numbers:
         # The two take turns, ours first.
         name = ("ours", "stock")[len(self.compiled_as) % 2]
         self.compiled_as.append(name)
-        return lambda seed: called(1 + getattr(self, name), gradient=name in self.gradients)
+        return lambda seed: called(1 + self._error(name, seed), gradient=name in self.gradients)
+
+    def _error(self, name: str, seed: int) -> float:
+        error: float = getattr(self, name)
+        return 0.0 if name == "stock" and seed == self.seed and not self.stock_at_first else error
 
     def eager(self, seed: int) -> Runs:
         return called(1 + (LARGEST if seed % 5 == 2 else USUAL))
 
     def exact(self, seed: int) -> Runs:
         return called(1.0)
+
+    def nearby(self, seed: int) -> Runs:
+        return called(1.0 + self.reference)
 
     def in_float32(self, seed: int) -> None:
         return None
@@ -65,6 +76,13 @@ class Numbers:
         pytest.param(Numbers(5 * USUAL), Status.RIGHT, id="less than eager for other data"),
         pytest.param(Numbers(5 * LARGEST), Status.WRONG, id="more than eager for any data"),
         pytest.param(Numbers(5 * LARGEST, 5 * LARGEST), Status.AS_STOCK, id="as torch.compile"),
+        pytest.param(
+            Numbers(5 * LARGEST, 5 * LARGEST, stock_at_first=False),
+            Status.AS_STOCK,
+            id="as torch.compile for other data",
+        ),
+        pytest.param(Numbers(5 * LARGEST, reference=3 * LARGEST), Status.RIGHT, id="where the reference is as far off"),
+        pytest.param(Numbers(5 * LARGEST, reference=LARGEST), Status.WRONG, id="more than the reference is off"),
         pytest.param(Numbers(0.0, gradients=("ours",)), Status.WRONG, id="a gradient too many"),
         pytest.param(Numbers(0.0, gradients=("ours", "stock")), Status.AS_STOCK, id="as in torch.compile"),
         pytest.param(Numbers(5 * USUAL, gradients=("ours",)), Status.WRONG, id="an error of eager's and a gradient"),

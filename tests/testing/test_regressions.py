@@ -108,6 +108,13 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         Settings(),
         1,
     ),
+    "tiny rows": (
+        True,
+        ("z = x0 * 1e-41", "y = self.norm(z + z)"),
+        "y",
+        Settings(),
+        1,
+    ),
     "constant rows": (
         True,
         ("z = x0 * 0 + 0.2", "y = self.norm(z + z)"),
