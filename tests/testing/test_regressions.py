@@ -108,6 +108,13 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         Settings(),
         1,
     ),
+    "an input that is written to where little may be kept": (
+        True,
+        ("x0 *= 1.5", "z = F.dropout(x0, 0.25)", "y = self.norm(z)"),
+        "y",
+        Settings(budget=0.5),
+        1,
+    ),
     "tiny rows": (
         True,
         ("z = x0 * 1e-41", "y = self.norm(z + z)"),
