@@ -51,6 +51,6 @@ def test_every_check_is_needed(reason: Reason) -> None:
     for near_misses in (True, False):
         programs = functools.partial(generate, near_misses=near_misses)
         with ignoring(reason):
-            if fuzz(0, 3 * GRAPHS, programs=programs, until=lambda summary: bool(summary.failures)).failures:
+            if fuzz(0, 10 * GRAPHS, programs=programs, until=lambda summary: bool(summary.failures)).failures:
                 return
     raise AssertionError(f"nothing goes wrong without {reason.name}")
