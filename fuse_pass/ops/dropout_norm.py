@@ -87,7 +87,8 @@ def _mean(wide: Tensor, dims: list[int], size: Any) -> Tensor:
     squares and not below 0, as `mean(x²) - mean(x)²` could be. The estimate sums elements that are divided already and
     falls a little short, so that no sum is larger than the largest element: it does not overflow. The rest is divided
     after the sum, or the smallest numbers would lose their bits. It does not overflow either: where a distance from the
-    estimate is limited, its square is infinite, and so is the variance.
+    estimate is limited, its square is infinite, and so is the variance. (Not so in rows of more than 16384 equal
+    numbers that are within that factor of the largest, `2**14 / size`.)
     """
     estimate = _share(wide, size, _SHORT).sum(dims, keepdim=True)
     limit = torch.finfo(wide.dtype).max / (size if isinstance(size, int) and size else _USUAL_SIZE)
