@@ -19,7 +19,7 @@ from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.view import GraphView
-from fuse_pass.inductor import compat, input_checks, private
+from fuse_pass.inductor import compat, input_checks, precompile, private
 from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.inductor.masked_softmax import MaskedSoftmax
@@ -135,9 +135,9 @@ class FuseBackend:
             breaks = _graph_break(gm, configured.quantize)
             report.declines += breaks
             fused = copy_graph_module(gm) if fused is gm else fused
-            compat.not_precompiled(fused)  # another process would run the graph without `counted`
+            precompile.leave_out(fused)  # another process would run the graph without `counted`
         publish(report)
-        compat.note_in_precompiled(require_key, cache_key({}))
+        precompile.note(require_key, cache_key({}))
         compiler = compat.inductor_compiler(mode, inductor_options)
         passes = compat.joint_passes(inductor_options)
         compiler.config["joint_custom_post_pass"] = OnThisProcessor(passes)

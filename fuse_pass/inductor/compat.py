@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-from torch._dynamo import eval_frame, package, symbolic_convert
+from torch._dynamo import eval_frame
 from torch._dynamo.backends import registry
 from torch._dynamo.exc import FailOnRecompileLimitHit as RecompileLimitHit
 from torch._dynamo.repro.after_dynamo import WrapBackendDebug
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
+    "LEAST_BUDGET",
     "STORED_ONCE",
     "RecompileLimitHit",
     "call_context_of_backends",
@@ -53,8 +54,6 @@ __all__ = [
     "never_compile_alone",
     "never_merge",
     "never_recomputed",
-    "not_precompiled",
-    "note_in_precompiled",
     "onednn_linear",
     "onednn_linear_add",
     "onednn_version",
@@ -100,7 +99,7 @@ def never_merge(*ops: torch._ops.OpOverloadPacket) -> None:
 
 
 # The partitioner takes a budget of 0 as "keep the inputs of the graph and nothing else", and asks for no tags.
-_LEAST_BUDGET = 1e-9
+LEAST_BUDGET = 1e-9
 # `torch.autograd.graph.region_activation_memory_budget` notes here what overrides the setting; new in torch 2.13.
 _REGION_BUDGET: str | None = getattr(traceback, "MEMORY_BUDGET_ANNOTATION_KEY", None)
 
@@ -113,7 +112,7 @@ def keep_for_backward(node: Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     node.meta["ac_graph_id"] = 0
     if functorch_config.activation_memory_budget == 0:
-        node.meta["memory_budget"] = _LEAST_BUDGET
+        node.meta["memory_budget"] = LEAST_BUDGET
 
 
 def is_seed(node: Node) -> bool:
@@ -127,7 +126,7 @@ def give_room_for_seeds(module: GraphModule) -> None:
         if isinstance(child, GraphModule):
             for node in child.graph.nodes:
                 if _region_budget(node) == 0:
-                    node.meta["custom"] = {**node.meta["custom"], _REGION_BUDGET: _LEAST_BUDGET}
+                    node.meta["custom"] = {**node.meta["custom"], _REGION_BUDGET: LEAST_BUDGET}
 
 
 def _region_budget(node: Node) -> float | None:
@@ -271,42 +270,6 @@ def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], .
 def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:
     """Inductor as a callable (graph module, example inputs) → compiled function; its `.config` holds the patches."""
     return torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)  # type: ignore[attr-defined]
-
-
-# --- precompilation ---------------------------------------------------------------------------------------------------
-
-
-class _Stamp(package.InlinedSource):
-    """What a precompiled function depends on, beside the sources of the user; unpickled only where `load` agrees.
-
-    PyTorch looks functions up by name and line alone, checks the sources that they inline, and starts anew where an
-    entry cannot be unpickled.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.content  # type: ignore[return-value]
-
-
-def note_in_precompiled(load: Callable[..., None], *arguments: Any) -> None:
-    """Lets the function that is compiled now be loaded by another process only if `load(*arguments)` raises nothing.
-
-    Does nothing where PyTorch does not precompile (`torch._dynamo.config.caching_precompile`).
-    """
-    tracer = getattr(symbolic_convert.tls, "current_tx", None)
-    entry = None if tracer is None else tracer.output.package
-    if entry is not None:
-        stamp = _Stamp("torch", 1, 1, package._hash_source(""), (_checked, (load, arguments)))  # type: ignore[arg-type]
-        entry._source_info.inlined_sources.add(stamp)
-
-
-def _checked(load: Callable[..., None], arguments: tuple[Any, ...]) -> _Stamp:
-    load(*arguments)
-    return _Stamp("torch", 1, 1, package._hash_source(""), (_checked, (load, arguments)))  # type: ignore[arg-type]
-
-
-def not_precompiled(gm: torch.fx.GraphModule) -> None:
-    """Another process does not find what becomes of this graph, and compiles it."""
-    gm.__dict__.pop("_backend_id", None)
 
 
 # --- calls of compiled functions --------------------------------------------------------------------------------------

@@ -43,6 +43,13 @@ def memory_budget(share: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def memory_budget_of_at_least(share: float) -> Iterator[None]:
+    """The budget that is set, or this one where it is larger."""
+    with memory_budget(max(share, functorch_config.activation_memory_budget)):
+        yield
+
+
+@contextlib.contextmanager
 def no_collection_after_compiling() -> Iterator[None]:
     """For who compiles thousands of models: Dynamo collects garbage after each."""
     with dynamo_config.patch(run_gc_after_compile=False):

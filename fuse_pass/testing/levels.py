@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.inductor import compat, debugging
+from fuse_pass.inductor import compat, debugging, settings
 from fuse_pass.report import Report, publish
 from fuse_pass.testing import masks
 
@@ -22,10 +22,20 @@ LEVELS = ("aot", "inductor")
 Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def stock(level: str) -> Backend:
-    """`torch.compile` without fuse_pass."""
+def stock(level: str, *, least_budget: bool = False) -> Backend:
+    """`torch.compile` without fuse_pass.
+
+    Args:
+        level: one of `LEVELS`.
+        least_budget: whether a memory budget of 0 becomes the least one above it, as it does with fuse_pass.
+    """
     compiler: Any = debugging.aot_eager if level == "aot" else compat.inductor_compiler(None, None)
-    return lambda gm, inputs: _traced(compiler, masks.use_in(gm), inputs)
+
+    def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with settings.memory_budget_of_at_least(compat.LEAST_BUDGET if least_budget else 0):
+            return _traced(compiler, masks.use_in(gm), inputs)
+
+    return compile_graph
 
 
 def fused(level: str) -> Backend:

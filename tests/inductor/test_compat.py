@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,36 +177,3 @@ def test_compiler_takes_options_and_patches() -> None:
     assert compat.inductor_compiler("max-autotune-no-cudagraphs", None).config["max_autotune"] is True
     with pytest.raises(RuntimeError):
         compat.inductor_compiler(None, {"no_such_option": 1})
-
-
-def refuse(what: str) -> None:
-    if what == "old":
-        raise RuntimeError("another version")
-
-
-def test_a_precompiled_function_is_loaded_only_where_it_may_be() -> None:
-    noted: set[Any] = set()
-
-    def keep(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        for what in ("new", "old"):
-            compat.note_in_precompiled(refuse, what)
-        tracer = torch._dynamo.symbolic_convert.tls.current_tx
-        noted.update(tracer.output.package._source_info.inlined_sources)
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(caching_precompile=True):
-        torch.compile(lambda x: x.sin(), backend=keep)(torch.ones(2))
-    new, old = sorted((stamp for stamp in noted if isinstance(stamp, compat._Stamp)), key=lambda s: str(s.content))
-    for _ in range(2):
-        new = pickle.loads(pickle.dumps(new))
-    assert torch._dynamo.package._hash_sourcelines(torch, new.firstlineno, new.lastlineno) == new.checksum
-    with pytest.raises(RuntimeError, match="another version"):
-        pickle.loads(pickle.dumps(old))
-
-
-def test_without_precompilation_nothing_is_noted() -> None:
-    compat.note_in_precompiled(refuse, "old")
-    gm = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
-    compat.not_precompiled(gm)
-    assert not hasattr(gm, "_backend_id")

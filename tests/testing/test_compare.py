@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fuse_pass.testing import levels
 from fuse_pass.testing.compare import Status, judge
@@ -24,6 +26,29 @@ def called(output: float, *, gradient: bool = False) -> Runs:
     return [Round(outputs, grads, (), (True,), {}, frozenset(), draws=False, moves_generator=False)]
 
 
+def ours(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    raise NotImplementedError("only its name is asked")
+
+
+def stock(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    raise NotImplementedError("only its name is asked")
+
+
+def stock_at_least_budget(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    raise NotImplementedError("only its name is asked")
+
+
+NAMES: dict[levels.Backend, str] = {ours: "ours", stock: "stock", stock_at_least_budget: "stock at the least budget"}
+
+
+@pytest.fixture(autouse=True)
+def named_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "fused", lambda level: ours)
+    monkeypatch.setattr(
+        levels, "stock", lambda level, *, least_budget=False: stock_at_least_budget if least_budget else stock
+    )
+
+
 @dataclass
 class Numbers:
     """Contenders of which each has an error; eager's is larger for some data.
@@ -31,7 +56,7 @@ class Numbers:
     Attributes:
         ours: the error of what fuse_pass compiles.
         stock: of what torch.compile compiles.
-        gradients: which of the two leave a gradient that eager does not.
+        gradients: which of them leave a gradient that eager does not.
         stock_at_first: whether stock has its error for the first set of data too.
         reference: by how much float64 is off for inputs that are hardly others.
     """
@@ -43,13 +68,10 @@ class Numbers:
     reference: float = 0.0
     level: str = "aot"
     seed: int = 0
-    compiled_as: list[str] = field(default_factory=list)
 
     def compiled(self, backend: levels.Backend) -> Callable[[int], Runs]:
-        # The two take turns, ours first.
-        name = ("ours", "stock")[len(self.compiled_as) % 2]
-        self.compiled_as.append(name)
-        return lambda seed: called(1 + self._error(name, seed), gradient=name in self.gradients)
+        name = NAMES[backend]
+        return lambda seed: called(1 + self._error(name.split(" at ")[0], seed), gradient=name in self.gradients)
 
     def _error(self, name: str, seed: int) -> float:
         error: float = getattr(self, name)
@@ -85,6 +107,11 @@ class Numbers:
         pytest.param(Numbers(5 * LARGEST, reference=LARGEST), Status.WRONG, id="more than the reference is off"),
         pytest.param(Numbers(0.0, gradients=("ours",)), Status.WRONG, id="a gradient too many"),
         pytest.param(Numbers(0.0, gradients=("ours", "stock")), Status.AS_STOCK, id="as in torch.compile"),
+        pytest.param(
+            Numbers(0.0, gradients=("ours", "stock at the least budget")),
+            Status.AS_STOCK,
+            id="as in torch.compile at the least budget",
+        ),
         pytest.param(Numbers(5 * USUAL, gradients=("ours",)), Status.WRONG, id="an error of eager's and a gradient"),
         pytest.param(
             Numbers(5 * USUAL, gradients=("ours", "stock")), Status.RIGHT, id="eager's error beside stock's gradient"
