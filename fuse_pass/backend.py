@@ -22,9 +22,9 @@ from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks, precompile, private
 from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
-from fuse_pass.inductor.masked_softmax import MaskedSoftmax
-from fuse_pass.inductor.partition import MEMORY, RecomputeTags
-from fuse_pass.ops.dropout_masks import OwnMasks
+from fuse_pass.joint.dropout_masks import OwnMasks
+from fuse_pass.joint.masked_softmax import MaskedSoftmax
+from fuse_pass.joint.recompute import MEMORY, RecomputeTags
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant, prepack
 from fuse_pass.quantized_calls import QuantizedCall, counted, warn_of_graph_break
 from fuse_pass.report import Decline, Note, Reason, Report, publish

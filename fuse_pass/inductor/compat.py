@@ -87,7 +87,7 @@ def stored_once(x: torch.Tensor) -> torch.Tensor:
 
     If x is an input of the graph, or becomes one by simplification, the result is that input, and AOTAutograd does not
     know it: kept for backward, it would be taken as memory to write to. So either x is computed for certain, or the
-    result must be recomputed in backward (`partition`).
+    result must be recomputed in backward (`joint.recompute`).
     """
     stored: torch.Tensor = STORED_ONCE(x, x.stride())
     return stored

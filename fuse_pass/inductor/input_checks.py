@@ -21,7 +21,7 @@ from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 
 from fuse_pass.inductor import compat
-from fuse_pass.inductor.partition import RecomputeTags
+from fuse_pass.joint.recompute import RecomputeTags
 
 
 def are_in_guards(gm: GraphModule) -> bool:

@@ -6,7 +6,7 @@ float32 inside each aten call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 QUICK_GELU_SLOPE = 1.702
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
-Arguments = tuple[float, ...] | list[float]
+Arguments = Sequence[float]
 
 
 @dataclass(frozen=True)

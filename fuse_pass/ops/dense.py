@@ -13,22 +13,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fuse_pass.inductor import compat, gemm, onednn, private
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.library import (
-    accumulation_dtype,
-    autocast_as_products,
-    define,
-    define_autograd,
-    only_needed,
-    placeholders,
-)
+from fuse_pass.ops.fused_op import Gradients, ProductOp, Weight, register
+from fuse_pass.ops.library import accumulation_dtype, define, is_column_major
 
 # Of activations that are one function written in two ways, the first.
 _BY_POST_OP = {row.post_op: row for row in reversed(ACTIVATIONS.values()) if row.post_op is not None}
@@ -80,18 +74,6 @@ def _weight_gradient(grad: Tensor, x: Tensor, column_major: bool) -> Tensor:
     if column_major:
         return _product(x.t(), grad.t(), None, _provider(x.t(), grad.t(), weight_gradient=True), None, ()).t()
     return _product(grad.t(), x.t(), None, _provider(grad.t(), x.t(), weight_gradient=True), None, ())
-
-
-def gradient_like(tensor: Tensor) -> Tensor:
-    """Uninitialised, with the shape and layout of a gradient of `tensor`."""
-    if tensor.dim() == 2 and is_column_major(tensor):
-        return tensor.new_empty(tensor.shape[::-1]).t()
-    return tensor.new_empty(tensor.shape)
-
-
-def is_column_major(matrix: Tensor) -> bool:
-    strides: list[int | None] = [stride if isinstance(stride, int) else None for stride in matrix.stride()]  # no guards
-    return strides[0] == 1 and strides[1] != 1
 
 
 def product_with_activation(
@@ -253,94 +235,81 @@ define(
 )
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return shaped_like_rows_of(x, product(rows_of(x), weight, bias))
+@dataclass(frozen=True)
+class Dense(ProductOp):
+    x: Tensor
+    weight: Weight
+    bias: Tensor | None
 
+    def forward(self) -> Tensor:
+        return shaped_like_rows_of(self.x, product(rows_of(self.x), self.weight, self.bias))
 
-def _dense_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, act_arguments: Sequence[float]
-) -> Tensor:
-    y = product_with_activation(rows_of(x), weight, bias, activation, act_arguments, None)
-    return shaped_like_rows_of(x, y)
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.weight.shape[0]))
 
-
-def _dense_backward(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor | None, column_major: bool, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; an empty tensor where `output_mask` is False.
-
-    x is there where the weight needs a gradient, and the weight where x does, stored by columns if `column_major`.
-    """
-    _, _, need_bias = output_mask
-    grad = rows_of(grad_y)
-    no_x, no_weight, no_bias = placeholders(grad, 3)
-    return (
-        no_x if weight is None else product(grad, weight.t()).view(_input_shape(grad_y, weight)),
-        no_weight if x is None else _weight_gradient(grad, rows_of(x), column_major),
-        grad.sum(0) if need_bias else no_bias,
-    )
-
-
-def _input_shape(grad_y: Tensor, weight: Tensor) -> tuple[int, ...]:
-    return (*grad_y.shape[:-1], weight.shape[1])
-
-
-def _dense_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _dense_backward_fake(
-    grad_y: Tensor, x: Tensor | None, weight: Tensor | None, column_major: bool, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, need_bias = output_mask
-    grad_x, grad_weight, grad_bias = placeholders(grad_y, 3)
-    if weight is not None:
-        grad_x = grad_y.new_empty(_input_shape(grad_y, weight))
-    if x is not None:
-        sizes = (grad_y.shape[-1], x.shape[-1])
-        grad_weight = grad_y.new_empty(sizes[::-1]).t() if column_major else grad_y.new_empty(sizes)
-    if need_bias:
-        grad_bias = grad_y.new_empty(grad_y.shape[-1])
-    return grad_x, grad_weight, grad_bias
-
-
-dense = define("dense", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _dense, _dense_fake)
-dense_act = define(
-    "dense_act",
-    "(Tensor x, Tensor weight, Tensor? bias, str activation, float[] act_arguments) -> Tensor",
-    _dense_act,
-    _dense_fake,
-)
-dense_backward = define(
-    "dense_backward",
-    "(Tensor grad_y, Tensor? x, Tensor? weight, bool column_major, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    _dense_backward,
-    _dense_backward_fake,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps what eager keeps and no more: whatever needs no gradient may be written to afterwards."""
-    x, weight, _ = inputs
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.column_major = is_column_major(weight)
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-
-
-def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad)
-    if torch.is_grad_enabled():  # the gradients will be differentiated again
-        rows = rows_of(grad_y)
-        grads = (
-            rows if weight is None else grad_y @ weight,
-            rows if x is None else rows.t() @ rows_of(x),
-            rows.sum(0),
+    def saved(self, results: tuple[Tensor, ...], needed: Set[str]) -> DenseGradients:
+        """What eager keeps and no more: whatever needs no gradient may be written to afterwards."""
+        return DenseGradients(
+            self.x if "weight" in needed else None,
+            self.weight if "x" in needed else None,
+            is_column_major(self.weight),
         )
-    else:
-        grads = torch.ops.fuse_pass.dense_backward(grad_y, x, weight, ctx.column_major, needed)
-    return only_needed(grads, needed, len(needed))
 
 
-define_autograd(dense, _setup, _autograd)
-autocast_as_products(dense, dense_act)
+@dataclass(frozen=True)
+class DenseGradients(Gradients):
+    """x is there where the weight needs a gradient, and the weight, stored by columns or not, where x does."""
+
+    of = ("x", "weight", "bias")
+
+    x: Tensor | None
+    weight: Tensor | None
+    column_major: bool
+
+    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        grad, grads = rows_of(grad_y), {}
+        if self.weight is not None and "x" in needed:
+            grads["x"] = product(grad, self.weight.t()).view(self._input_shape(grad_y, self.weight))
+        if self.x is not None and "weight" in needed:
+            grads["weight"] = _weight_gradient(grad, rows_of(self.x), self.column_major)
+        if "bias" in needed:
+            grads["bias"] = grad.sum(0)
+        return grads
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        rows = rows_of(grad_y)
+        grads = {"bias": rows.sum(0)}
+        if self.weight is not None:
+            grads["x"] = grad_y @ self.weight
+        if self.x is not None:
+            grads["weight"] = rows.t() @ rows_of(self.x)
+        return grads
+
+    def like(self, name: str, grad_y: Tensor) -> Tensor:
+        if name == "x":
+            assert self.weight is not None
+            return grad_y.new_empty(self._input_shape(grad_y, self.weight))
+        if name == "bias":
+            return grad_y.new_empty(grad_y.shape[-1])
+        assert self.x is not None
+        sizes = (grad_y.shape[-1], self.x.shape[-1])
+        return grad_y.new_empty(sizes[::-1]).t() if self.column_major else grad_y.new_empty(sizes)
+
+    @staticmethod
+    def _input_shape(grad_y: Tensor, weight: Tensor) -> tuple[int, ...]:
+        return (*grad_y.shape[:-1], weight.shape[1])
+
+
+@dataclass(frozen=True)
+class DenseAct(Dense):
+    activation: str
+    act_arguments: Sequence[float]
+
+    def forward(self) -> Tensor:
+        rows = rows_of(self.x)
+        y = product_with_activation(rows, self.weight, self.bias, self.activation, self.act_arguments, None)
+        return shaped_like_rows_of(self.x, y)
+
+
+dense = register("dense", Dense, DenseGradients)
+dense_act = register("dense_act", DenseAct)

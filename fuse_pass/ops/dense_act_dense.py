@@ -15,8 +15,9 @@ With quantised operands, `hidden_format` rounds h before the activation, `result
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,141 +26,48 @@ from torch import Tensor
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.dense import (
-    gradient_like,
     product,
     product_with_activation,
     rows_of,
     shaped_like_rows_of,
     weight_gradient,
 )
-from fuse_pass.ops.library import (
-    accumulation_dtype,
-    autocast_as_products,
-    define,
-    define_autograd,
-    differentiable_grads,
-    only_needed,
-    placeholders,
-)
+from fuse_pass.ops.fused_op import Gradients, ProductOp, Seed, Weight, register
+from fuse_pass.ops.library import accumulation_dtype
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
-_TAIL_SCHEMA = (
-    "Tensor weight2, Tensor? bias2, Tensor? act_weight, Tensor? seed, float p, str activation, float[] act_arguments, "
-    "int[] hidden_format=[], int[] act_format=[], int[] result_format=[]"
-)
-_SCHEMA = f"(Tensor x, Tensor weight1, Tensor? bias1, {_TAIL_SCHEMA})"
+Quantize = Callable[[Tensor, Sequence[int]], Tensor]
 
 
-def _activate(
-    h: Tensor,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    arguments: Any,
-    hidden_format: Sequence[int],
-    act_format: Sequence[int],
-    result_format: Sequence[int],
-    quantize: Callable[[Tensor, Sequence[int]], Tensor] = quantize_packed,
-) -> Tensor:
-    a = ACTIVATIONS[activation].forward(quantize(h, hidden_format), arguments, act_weight)
-    return quantize(rng.dropout(quantize(a, result_format), seed, p), act_format)
+@dataclass(frozen=True)
+class Between:
+    """What stands between the two products."""
 
+    act_weight: Tensor | None
+    seed: Seed | None
+    p: float
+    activation: str
+    act_arguments: Sequence[float]
+    hidden_format: Sequence[int] = ()
+    act_format: Sequence[int] = ()
+    result_format: Sequence[int] = ()
 
-def _forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    act_arguments: list[float],
-    hidden_format: Sequence[int] = (),
-    act_format: Sequence[int] = (),
-    result_format: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    h = product(rows_of(x), weight1, bias1)
-    a = _activate(h, act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
-    y = product(a, weight2, bias2)
-    return shaped_like_rows_of(x, y), h
+    def activated(self, h: Tensor, quantize: Quantize = quantize_packed) -> Tensor:
+        row = ACTIVATIONS[self.activation]
+        return self.dropped(row.forward(quantize(h, self.hidden_format), self.act_arguments, self.act_weight), quantize)
 
+    def dropped(self, a: Tensor, quantize: Quantize = quantize_packed) -> Tensor:
+        return quantize(rng.dropout(quantize(a, self.result_format), self.seed, self.p), self.act_format)
 
-def _forward_inference(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    act_arguments: list[float],
-    hidden_format: Sequence[int] = (),
-    act_format: Sequence[int] = (),
-    result_format: Sequence[int] = (),
-    prepack: bool = False,
-) -> Tensor:
-    if hidden_format:  # something stands between the product and the activation
-        tail = (act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
-        return _forward(x, weight1, bias1, weight2, bias2, *tail)[0]
-    a = product_with_activation(rows_of(x), weight1, bias1, activation, act_arguments, act_weight, prepack=prepack)
-    a = quantize_packed(rng.dropout(quantize_packed(a, result_format), seed, p), act_format)
-    return shaped_like_rows_of(x, product(a, weight2, bias2, prepack=prepack))
-
-
-def _tail_forward(
-    h: Tensor,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    act_arguments: list[float],
-    hidden_format: Sequence[int] = (),
-    act_format: Sequence[int] = (),
-    result_format: Sequence[int] = (),
-) -> Tensor:
-    a = _activate(rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
-    return shaped_like_rows_of(h, product(a, weight2, bias2))
-
-
-def _tail_backward(
-    grad_y: Tensor,
-    h: Tensor,
-    weight2: Tensor,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    act_arguments: list[float],
-    output_mask: list[bool],
-    hidden_format: Sequence[int] = (),
-    act_format: Sequence[int] = (),
-    result_format: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
-    need_h, need_weight2, need_bias2, need_act_weight = output_mask
-    grad, h2d = rows_of(grad_y), rows_of(h)
-    grad_h, grad_weight2, grad_bias2, grad_act_weight = placeholders(h, 4)
-    if need_weight2:
-        a = _activate(h2d, act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format)
-        grad_weight2 = weight_gradient(grad, a, weight2)
-    if need_h or need_act_weight:
-        grad_a = rng.dropout(product(grad, weight2.t()), seed, p)
-        seen = quantize_packed(h2d, hidden_format)  # by the activation; the quantisation itself is straight through
-        if need_h:
-            grad_h = ACTIVATIONS[activation].backward(grad_a, seen, act_arguments, act_weight).view(h.shape)
-        if need_act_weight:
-            assert act_weight is not None
-            grad_act_weight = _prelu_weight_grad(grad_a, seen, act_weight)
-    if need_bias2:  # last, in the kernel of what follows the product; before it, it would be one of its own
-        grad_bias2 = grad.sum(0)
-    return grad_h, grad_weight2, grad_bias2, grad_act_weight
+    def gradients(self, needed: Set[str], grad_a: Tensor, h: Tensor) -> dict[str, Tensor]:
+        """Of h and the weight of the activation; quantisation is straight through."""
+        seen, grads = quantize_packed(h, self.hidden_format), {}
+        if "h" in needed:
+            grads["h"] = ACTIVATIONS[self.activation].backward(grad_a, seen, self.act_arguments, self.act_weight)
+        if "act_weight" in needed:
+            assert self.act_weight is not None
+            grads["act_weight"] = _prelu_weight_grad(grad_a, seen, self.act_weight)
+        return grads
 
 
 def _prelu_weight_grad(grad_a: Tensor, h: Tensor, act_weight: Tensor) -> Tensor:
@@ -169,40 +77,118 @@ def _prelu_weight_grad(grad_a: Tensor, h: Tensor, act_weight: Tensor) -> Tensor:
     return summed.to(act_weight.dtype).view(act_weight.shape)
 
 
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    h: Tensor,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    act_arguments: list[float],
-    output_mask: list[bool],
-    hidden_format: Sequence[int] = (),
-    act_format: Sequence[int] = (),
-    result_format: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight1, bias1, weight2, bias2 and act_weight; an empty tensor where `output_mask` is False."""
-    need_x, need_weight1, need_bias1, need_weight2, need_bias2, need_act_weight = output_mask
-    need_h = need_x or need_weight1 or need_bias1
-    tail = (h, weight2, act_weight, seed, p, activation, act_arguments)
-    formats = (hidden_format, act_format, result_format)
-    grad_h, _, grad_bias2, grad_act_weight = _tail_backward(
-        grad_y, *tail, [need_h, False, need_bias2, need_act_weight], *formats
-    )
-    grad_x, grad_weight1, grad_bias1 = placeholders(h, 3)
-    # Before any product that can wait: Inductor compiles all that stands between two products as one kernel.
-    if need_bias1:
-        grad_bias1 = grad_h.sum(0)
-    _, grad_weight2, _, _ = _tail_backward(grad_y, *tail, [False, need_weight2, False, False], *formats)
-    if need_x:
-        grad_x = product(grad_h, weight1.t()).view(x.shape)
-    if need_weight1:
-        grad_weight1 = weight_gradient(grad_h, rows_of(x), weight1)
-    return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_act_weight
+@dataclass(frozen=True)
+class ActDense(ProductOp):
+    recompute = True
+
+    h: Tensor
+    weight2: Tensor
+    bias2: Tensor | None
+    between: Between
+
+    def forward(self) -> Tensor:
+        a = self.between.activated(rows_of(self.h))
+        return shaped_like_rows_of(self.h, product(a, self.weight2, self.bias2))
+
+    def shapes(self) -> Tensor:
+        return self.h.new_empty(output_shape(self.h, self.weight2))
+
+    def formula(self) -> Tensor:
+        a = self.between.activated(rows_of(self.h), straight_through_packed)
+        return F.linear(a, self.weight2, self.bias2).view(output_shape(self.h, self.weight2))
+
+
+@dataclass(frozen=True)
+class ActDenseGradients(Gradients):
+    of = ("h", "weight2", "bias2", "act_weight")
+
+    h: Tensor
+    weight2: Tensor
+    between: Between
+
+    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        grad, h = rows_of(grad_y), rows_of(self.h)
+        grads = {}
+        if "weight2" in needed:
+            grads["weight2"] = weight_gradient(grad, self.between.activated(h), self.weight2)
+        if needed & {"h", "act_weight"}:
+            grad_a = rng.dropout(product(grad, self.weight2.t()), self.between.seed, self.between.p)
+            grads |= self.between.gradients(needed, grad_a, h)
+        if "h" in needed:
+            grads["h"] = grads["h"].view(self.h.shape)
+        if "bias2" in needed:  # last, in the kernel of what follows the product; before it, it would be one of its own
+            grads["bias2"] = grad.sum(0)
+        return grads
+
+
+@dataclass(frozen=True)
+class DenseActDense(ProductOp):
+    results: ClassVar[tuple[str, ...]] = ("y", "h")
+    recompute = True
+
+    x: Tensor
+    weight1: Weight
+    bias1: Tensor | None
+    weight2: Weight
+    bias2: Tensor | None
+    between: Between
+
+    def forward(self) -> tuple[Tensor, Tensor] | Tensor:
+        h = product(rows_of(self.x), self.weight1, self.bias1)
+        return shaped_like_rows_of(self.x, product(self.between.activated(h), self.weight2, self.bias2)), h
+
+    def shapes(self) -> tuple[Tensor, Tensor] | Tensor:
+        h = self.x.new_empty(number_of_rows(self.x), self.weight1.shape[0])
+        return self.x.new_empty(output_shape(self.x, self.weight2)), h
+
+    def formula(self) -> Tensor:
+        h = F.linear(self.x, self.weight1, self.bias1)
+        return ActDense(h, self.weight2, self.bias2, self.between).formula()
+
+
+@dataclass(frozen=True)
+class DenseActDenseGradients(Gradients):
+    of = ("x", "weight1", "bias1", "weight2", "bias2", "act_weight")
+
+    x: Tensor
+    weight1: Tensor
+    weight2: Tensor
+    h: Tensor
+    between: Between
+
+    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        tail = ActDenseGradients(self.h, self.weight2, self.between)
+        first = {"h"} if needed & {"x", "weight1", "bias1"} else set()
+        grads = tail.backward(first | (needed & {"bias2", "act_weight"}), grad_y)
+        # Before any product that can wait: Inductor compiles all that stands between two products as one kernel.
+        if "bias1" in needed:
+            grads["bias1"] = grads["h"].sum(0)
+        grads |= tail.backward(needed & {"weight2"}, grad_y)
+        if "x" in needed:
+            grads["x"] = product(grads["h"], self.weight1.t()).view(self.x.shape)
+        if "weight1" in needed:
+            grads["weight1"] = weight_gradient(grads["h"], rows_of(self.x), self.weight1)
+        return grads
+
+
+@dataclass(frozen=True)
+class DenseActDenseInference(DenseActDense):
+    results = ("y",)
+    recompute = False
+
+    prepack: bool = False
+
+    def forward(self) -> Tensor:
+        rows, between, prepack = rows_of(self.x), self.between, self.prepack
+        if between.hidden_format:  # something stands between the product and the activation
+            a = between.activated(product(rows, self.weight1, self.bias1, prepack=prepack))
+        else:
+            act = (between.activation, between.act_arguments, between.act_weight)
+            a = between.dropped(product_with_activation(rows, self.weight1, self.bias1, *act, prepack=prepack))
+        return shaped_like_rows_of(self.x, product(a, self.weight2, self.bias2, prepack=prepack))
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty(output_shape(self.x, self.weight2))
 
 
 def output_shape(x: Tensor, weight2: Tensor) -> tuple[int, ...]:
@@ -216,158 +202,6 @@ def number_of_rows(x: Tensor) -> int:
     return rows
 
 
-def _fake(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(output_shape(x, weight2)), x.new_empty(number_of_rows(x), weight1.shape[0])
-
-
-def fake_gradients(of: tuple[Tensor | None, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
-    empty = next(t for t in of if t is not None)
-    return tuple(
-        gradient_like(t) if needed and t is not None else empty.new_empty(0)
-        for t, needed in zip(of, output_mask, strict=True)
-    )
-
-
-def bias_of(weight: Tensor) -> Tensor:
-    """A tensor of the shape of a bias; not a column, for there may be none."""
-    return weight.new_empty(weight.shape[0])
-
-
-def _fake_tail_backward(
-    grad_y: Tensor,
-    h: Tensor,
-    weight2: Tensor,
-    act_weight: Any,
-    seed: Any,
-    p: Any,
-    act: Any,
-    arguments: Any,
-    mask: list[bool],
-    *formats: Any,
-) -> tuple[Tensor, ...]:
-    return fake_gradients((h, weight2, bias_of(weight2), act_weight), mask)
-
-
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    h: Tensor,
-    act_weight: Any,
-    seed: Any,
-    p: Any,
-    act: Any,
-    arguments: Any,
-    mask: list[bool],
-    *formats: Any,
-) -> tuple[Tensor, ...]:
-    return fake_gradients((x, weight1, bias_of(weight1), weight2, bias_of(weight2), act_weight), mask)
-
-
-dense_act_dense = define("dense_act_dense", f"{_SCHEMA} -> (Tensor y, Tensor h)", _forward, _fake)
-dense_act_dense_inference = define(
-    "dense_act_dense_inference",
-    f"(Tensor x, Tensor weight1, Tensor? bias1, {_TAIL_SCHEMA}, bool prepack=False) -> Tensor",
-    _forward_inference,
-    lambda *arguments: _fake(*arguments)[0],
-)
-act_dense = define(
-    "act_dense",
-    f"(Tensor h, {_TAIL_SCHEMA}) -> Tensor",
-    _tail_forward,
-    lambda h, weight2, *rest: h.new_empty(output_shape(h, weight2)),
-)
-dense_act_dense_backward = define(
-    "dense_act_dense_backward",
-    "(Tensor grad_y, Tensor x, Tensor weight1, Tensor weight2, Tensor h, Tensor? act_weight, Tensor? seed, float p, "
-    "str activation, float[] act_arguments, bool[6] output_mask, int[] hidden_format=[], int[] act_format=[], "
-    "int[] result_format=[]) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-act_dense_backward = define(
-    "act_dense_backward",
-    "(Tensor grad_y, Tensor h, Tensor weight2, Tensor? act_weight, Tensor? seed, float p, str activation, "
-    "float[] act_arguments, bool[4] output_mask, int[] hidden_format=[], "
-    "int[] act_format=[], int[] result_format=[]) -> (Tensor, Tensor, Tensor, Tensor)",
-    _tail_backward,
-    _fake_tail_backward,
-)
-
-
-# The tensor arguments that carry gradients, by position, in the order in which the backward ops return them.
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5)
-_TAIL_DIFFERENTIABLE = (0, 1, 2, 3)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.settings, ctx.formats = inputs[:7], inputs[7:10], inputs[10:]
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Any) -> tuple[Tensor | None, ...]:
-    *tensors, h = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    if grad_y is None:
-        return (None,) * len(ctx.needs_input_grad)
-    if torch.is_grad_enabled():
-        grads = differentiable_grads(_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
-    else:
-        x, weight1, _, weight2, _, act_weight, seed = tensors
-        grads = torch.ops.fuse_pass.dense_act_dense_backward(
-            grad_y, x, weight1, weight2, h, act_weight, seed, *ctx.settings, needed, *ctx.formats
-        )
-    return only_needed(grads, needed, len(ctx.needs_input_grad))
-
-
-def _tail_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, ctx.settings, ctx.formats = inputs[:5], inputs[5:8], inputs[8:]
-    ctx.save_for_backward(*tensors)
-
-
-def _tail_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] for i in _TAIL_DIFFERENTIABLE]
-    if torch.is_grad_enabled():
-        grads = differentiable_grads(_tail_formula, tensors, (*ctx.settings, *ctx.formats), needed, grad_y)
-    else:
-        h, weight2, _, act_weight, seed = tensors
-        grads = torch.ops.fuse_pass.act_dense_backward(
-            grad_y, h, weight2, act_weight, seed, *ctx.settings, needed, *ctx.formats
-        )
-    return only_needed(grads, needed, len(ctx.needs_input_grad))
-
-
-def _tail_formula(
-    h: Tensor,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    act_weight: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    activation: str,
-    act_arguments: list[float],
-    hidden_format: Sequence[int] = (),
-    act_format: Sequence[int] = (),
-    result_format: Sequence[int] = (),
-) -> Tensor:
-    """`act_dense` in differentiable PyTorch, for second derivatives."""
-    a = _activate(
-        rows_of(h), act_weight, seed, p, activation, act_arguments, hidden_format, act_format, result_format,
-        straight_through_packed,
-    )  # fmt: skip
-    return F.linear(a, weight2, bias2).view(output_shape(h, weight2))
-
-
-def _formula(x: Tensor, weight1: Tensor, bias1: Tensor | None, *tail: Any) -> Tensor:
-    """`dense_act_dense` in differentiable PyTorch, for second derivatives."""
-    return _tail_formula(F.linear(x, weight1, bias1), *tail)
-
-
-define_autograd(dense_act_dense, _setup, _autograd)
-define_autograd(act_dense, _tail_setup, _tail_autograd)
-autocast_as_products(dense_act_dense, dense_act_dense_inference, act_dense)
+dense_act_dense = register("dense_act_dense", DenseActDense, DenseActDenseGradients)
+dense_act_dense_inference = register("dense_act_dense_inference", DenseActDenseInference)
+act_dense = register("act_dense", ActDense, ActDenseGradients)

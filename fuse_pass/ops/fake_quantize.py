@@ -15,14 +15,15 @@ worse (3.8 ns), for it generates no vector code with them.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fuse_pass.formats import FloatFormat
 from fuse_pass.ops import rounding as core
-from fuse_pass.ops.library import define, define_autograd
+from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
 from fuse_pass.ops.rounding import FLOAT32, FLOAT64, Carrier, Grid
 from fuse_pass.ops.straight_through import clip_gradient
 
@@ -55,83 +56,88 @@ def holds_all(dtype: torch.dtype, fmt: FloatFormat) -> bool:
     )
 
 
-def _bound(
-    rounded: Tensor, negative: Tensor, fmt: FloatFormat, carrier: Carrier, top: int, rounding: str, overflow: str
-) -> Tensor:
-    """Replaces what lies beyond the largest number, whose bits are `top`."""
-    if overflow == "saturate" or rounding in ("towards_zero", "odd"):
-        return rounded.clamp(max=top)
-    beyond = carrier.infinity if fmt.has_inf else carrier.nan
-    if rounding not in ("plus_inf", "minus_inf"):
-        return torch.where(rounded > top, beyond, rounded)
-    outwards = ~negative if rounding == "plus_inf" else negative
-    return torch.where(rounded > top, top + ((beyond - top) & outwards), rounded)
+@dataclass(frozen=True)
+class FloatRounding:
+    """How values are rounded to a floating-point format; see `formats.FloatFormat` and `rounding.ROUNDINGS`."""
+
+    exp_bits: int
+    sig_bits: int
+    bias: int
+    encoding: str
+    rounding: str
+    subnormal: bool
+    overflow: str
+
+    @property
+    def format(self) -> FloatFormat:
+        return FloatFormat(
+            self.exp_bits, self.sig_bits, bias=self.bias, encoding=self.encoding, subnormal=self.subnormal
+        )
+
+    def rounded(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        """The arithmetic of the op `fake_quantize`; no gradient of its own."""
+        fmt = self.format
+        if holds_all(x.dtype, fmt):
+            return x.clone()
+        carrier = carrier_of(x.dtype, fmt)
+        bits = x.to(carrier.dtype).view(carrier.int_dtype)
+        magnitude = bits & carrier.magnitude_mask
+        negative = bits >> carrier.width
+        grid = Grid(carrier, fmt.sig_bits, fmt.emin, fmt.subnormal and fmt.signed)
+        random = core.random_like(magnitude, seed) if seed is not None else None
+        rounded = core.round_magnitude(magnitude, negative, grid, self.rounding, random)
+        rounded = self._bounded(rounded, negative, fmt, carrier, carrier.pattern(largest(x.dtype, fmt)))
+        if not fmt.signed:  # neither zero nor negative numbers: what is too small becomes the smallest
+            assert grid.smallest is not None
+            rounded = rounded.clamp(min=grid.smallest)
+            rounded = torch.where(bits <= 0, carrier.nan, rounded)
+        if fmt.has_inf or self.overflow == "saturate":  # infinities stay, or in a format without become its largest
+            rounded = torch.where(magnitude < carrier.infinity + (not fmt.has_inf), rounded, magnitude)
+        else:
+            rounded = torch.where(magnitude < carrier.infinity, rounded, carrier.nan)
+        sign = bits ^ magnitude
+        if not fmt.has_negative_zero:
+            sign = sign & (-rounded >> carrier.width)
+        return (rounded | sign).view(carrier.dtype).to(x.dtype)
+
+    def _bounded(self, rounded: Tensor, negative: Tensor, fmt: FloatFormat, carrier: Carrier, top: int) -> Tensor:
+        """Replaces what lies beyond the largest number, whose bits are `top`."""
+        if self.overflow == "saturate" or self.rounding in ("towards_zero", "odd"):
+            return rounded.clamp(max=top)
+        beyond = carrier.infinity if fmt.has_inf else carrier.nan
+        if self.rounding not in ("plus_inf", "minus_inf"):
+            return torch.where(rounded > top, beyond, rounded)
+        outwards = ~negative if self.rounding == "plus_inf" else negative
+        return torch.where(rounded > top, top + ((beyond - top) & outwards), rounded)
 
 
-def round_to_format(
-    x: Tensor,
-    seed: Tensor | None,
-    exp_bits: int,
-    sig_bits: int,
-    bias: int,
-    encoding: str,
-    rounding: str,
-    subnormal: bool,
-    overflow: str,
-    clip_grad: bool,
-) -> Tensor:
-    """The arithmetic of the op `fake_quantize`, with its arguments; no gradient of its own."""
-    fmt = FloatFormat(exp_bits, sig_bits, bias=bias, encoding=encoding, subnormal=subnormal)
-    if holds_all(x.dtype, fmt):
-        return x.clone()
-    carrier = carrier_of(x.dtype, fmt)
-    bits = x.to(carrier.dtype).view(carrier.int_dtype)
-    magnitude = bits & carrier.magnitude_mask
-    negative = bits >> carrier.width
-    grid = Grid(carrier, sig_bits, fmt.emin, subnormal and fmt.signed)
-    random = core.random_like(magnitude, seed) if seed is not None else None
-    rounded = core.round_magnitude(magnitude, negative, grid, rounding, random)
+@dataclass(frozen=True)
+class FakeQuantize(FusedOp):
+    x: Tensor
+    seed: Seed | None
+    how: FloatRounding
+    clip_grad: bool
 
-    top = carrier.pattern(largest(x.dtype, fmt))
-    rounded = _bound(rounded, negative, fmt, carrier, top, rounding, overflow)
-    if not fmt.signed:  # neither zero nor negative numbers: what is too small becomes the smallest
-        assert grid.smallest is not None
-        rounded = rounded.clamp(min=grid.smallest)
-        rounded = torch.where(bits <= 0, carrier.nan, rounded)
-    if fmt.has_inf or overflow == "saturate":  # infinities stay or, of a format without, become the largest number
-        rounded = torch.where(magnitude < carrier.infinity + (not fmt.has_inf), rounded, magnitude)
-    else:
-        rounded = torch.where(magnitude < carrier.infinity, rounded, carrier.nan)
-    sign = bits ^ magnitude
-    if not fmt.has_negative_zero:
-        sign = sign & (-rounded >> carrier.width)
-    return (rounded | sign).view(carrier.dtype).to(x.dtype)
+    def forward(self) -> Tensor:
+        return self.how.rounded(self.x, self.seed)
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    def saved(self, results: tuple[Tensor, ...], needed: Set[str]) -> FakeQuantizeGradients:
+        limit = largest(self.x.dtype, self.how.format) if self.clip_grad else math.inf
+        return FakeQuantizeGradients(self.x if self.clip_grad else None, limit)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+@dataclass(frozen=True)
+class FakeQuantizeGradients(Gradients):
+    of = ("x",)
+
+    x: Tensor | None
+    limit: float
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return {"x": grad_y if self.x is None else clip_gradient(grad_y, self.x, -self.limit, self.limit)}
 
 
-fake_quantize = define(
-    "fake_quantize",
-    "(Tensor x, Tensor? seed, int exp_bits, int sig_bits, int bias, str encoding, str rounding, bool subnormal, "
-    "str overflow, bool clip_grad) -> Tensor",
-    round_to_format,
-    _fake,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, exp_bits, sig_bits, bias, encoding, _, subnormal, _, ctx.clip_grad = inputs
-    if ctx.clip_grad:
-        ctx.limit = largest(x.dtype, FloatFormat(exp_bits, sig_bits, bias=bias, encoding=encoding, subnormal=subnormal))
-        ctx.save_for_backward(x)
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.clip_grad:
-        grad = clip_gradient(grad, *ctx.saved_tensors, -ctx.limit, ctx.limit)
-    return grad, *(None,) * 9
-
-
-define_autograd(fake_quantize, _setup, _autograd)
+fake_quantize = register("fake_quantize", FakeQuantize, FakeQuantizeGradients)

@@ -11,13 +11,14 @@ x and y `[...]`; scale and zero_point broadcast to x. Computed in float32 (float
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fuse_pass.ops import rounding as core
-from fuse_pass.ops.library import define, define_autograd
+from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
 from fuse_pass.ops.rounding import Carrier, Grid
 from fuse_pass.ops.straight_through import clip_gradient
 
@@ -43,56 +44,69 @@ def round_to_multiples(
     return (rounded | ((bits ^ magnitude) & (-rounded >> carrier.width))).view(carrier.dtype)
 
 
-def _body(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    seed: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    rounding: str,
-    clip_grad: bool,
-) -> Tensor:
-    carrier = core.compute_carrier(x.dtype)
-    step = scale.to(carrier.dtype)
-    q = round_to_multiples(x.to(carrier.dtype) / step, carrier, 0, rounding, seed)
-    if zero_point is None:
-        return (q.clamp(quant_min, quant_max) * step).to(x.dtype)
-    zero = zero_point.to(carrier.dtype)
-    return (((q + zero).clamp(quant_min, quant_max) - zero) * step).to(x.dtype)
+@dataclass(frozen=True)
+class IntRounding:
+    """To which integers, and whether values that are clipped have a gradient."""
+
+    quant_min: int
+    quant_max: int
+    rounding: str
+    clip_grad: bool
 
 
-fake_quantize_int = define(
-    "fake_quantize_int",
-    "(Tensor x, Tensor scale, Tensor? zero_point, Tensor? seed, int quant_min, int quant_max, str rounding, "
-    "bool clip_grad) -> Tensor",
-    _body,
-    lambda x, *_: torch.empty_like(x),
-)
+@dataclass(frozen=True)
+class FakeQuantizeInt(FusedOp):
+    x: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    seed: Seed | None
+    how: IntRounding
+
+    def forward(self) -> Tensor:
+        carrier, low, high = core.compute_carrier(self.x.dtype), self.how.quant_min, self.how.quant_max
+        step = self.scale.to(carrier.dtype)
+        q = round_to_multiples(self.x.to(carrier.dtype) / step, carrier, 0, self.how.rounding, self.seed)
+        if self.zero_point is None:
+            return (q.clamp(low, high) * step).to(self.x.dtype)
+        zero = self.zero_point.to(carrier.dtype)
+        return (((q + zero).clamp(low, high) - zero) * step).to(self.x.dtype)
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+    def saved(self, results: tuple[Tensor, ...], needed: Set[str]) -> FakeQuantizeIntGradients:
+        if self.how.clip_grad or "scale" in needed:
+            return FakeQuantizeIntGradients(self.x, self.scale, self.zero_point, self.seed, self.how)
+        return FakeQuantizeIntGradients(None, None, None, None, self.how)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, seed, ctx.quant_min, ctx.quant_max, ctx.rounding, ctx.clip_grad = inputs
-    if ctx.clip_grad or ctx.needs_input_grad[1]:
-        ctx.save_for_backward(x, scale, zero_point, seed)
+@dataclass(frozen=True)
+class FakeQuantizeIntGradients(Gradients):
+    """x and the rest are there where they are read: by a scale that is learned, or to clip."""
+
+    of = ("x", "scale")
+
+    x: Tensor | None
+    scale: Tensor | None
+    zero_point: Tensor | None
+    seed: Tensor | None
+    how: IntRounding
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        if self.x is None or self.scale is None:
+            return {"x": grad_y}
+        low, high = self.how.quant_min, self.how.quant_max
+        wide = core.compute_carrier(self.x.dtype).dtype
+        ratio = self.x.to(wide) / self.scale.to(wide)
+        position = ratio if self.zero_point is None else ratio + self.zero_point
+        grads = {"x": clip_gradient(grad_y, position, low, high) if self.how.clip_grad else grad_y}
+        if "scale" in needed:
+            how = (low, high, self.how.rounding, False)
+            y = fake_quantize_int(self.x, self.scale, self.zero_point, self.seed, *how)
+            inside = clip_gradient(ratio, position, low, high)
+            grad_scale = grad_y * (y.to(wide) / self.scale.to(wide) - inside)
+            grads["scale"] = grad_scale.sum_to_size(self.scale.shape)
+        return grads
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if not (ctx.clip_grad or ctx.needs_input_grad[1]):
-        return grad, *(None,) * 7
-    x, scale, zero_point, seed = ctx.saved_tensors
-    wide = core.compute_carrier(x.dtype).dtype
-    ratio = x.to(wide) / scale.to(wide)
-    position = ratio if zero_point is None else ratio + zero_point
-    grad_x = clip_gradient(grad, position, ctx.quant_min, ctx.quant_max) if ctx.clip_grad else grad
-    grad_scale = None
-    if ctx.needs_input_grad[1]:
-        y = torch.ops.fuse_pass.fake_quantize_int(
-            x, scale, zero_point, seed, ctx.quant_min, ctx.quant_max, ctx.rounding, False
-        )
-        inside = clip_gradient(ratio, position, ctx.quant_min, ctx.quant_max)
-        grad_scale = (grad * (y.to(wide) / scale.to(wide) - inside)).sum_to_size(scale.shape).to(scale.dtype)
-    return grad_x, grad_scale, *(None,) * 6
-
-
-define_autograd(fake_quantize_int, _setup, _autograd)
+fake_quantize_int = register("fake_quantize_int", FakeQuantizeInt, FakeQuantizeIntGradients)

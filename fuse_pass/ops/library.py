@@ -7,7 +7,6 @@ neighbours.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,48 +70,18 @@ def cast_for_autocast(value: Any, device_type: str) -> Any:
     return value
 
 
-def autocast_as_products(*ops: private.OpOverload) -> None:
-    """Lets autocast, on CPU and CUDA, cast every argument of these ops as it casts those of `F.linear`."""
-    for op in ops:
-        for device_type in ("cpu", "cuda"):
-            define_autocast(op, device_type, functools.partial(_cast_arguments, device_type))
-
-
-def _cast_arguments(device_type: str, op: private.OpOverload, *arguments: Any) -> Any:
-    return op(*(cast_for_autocast(argument, device_type) for argument in arguments))
-
-
-def placeholders(like: Tensor, count: int) -> list[Tensor]:
-    """Empty tensors for results that nobody asked for: one each, for the results of an op may not alias."""
-    return [like.new_empty(0) for _ in range(count)]
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64, everything narrower is summed in float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def differentiable_grads(
-    formula: Callable[..., Tensor], tensors: Any, settings: tuple[Any, ...], needed: list[bool], grad_y: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of `formula(*tensors, *settings)` that can be differentiated again (`create_graph=True`).
-
-    By `torch.func.vjp`, which takes the arguments as independent even where one was computed from another.
-    """
-    wanted = [i for i, need in enumerate(needed) if need]
-
-    def of_wanted(*values: Tensor) -> Tensor:
-        arguments = list(tensors)
-        for i, value in zip(wanted, values, strict=True):
-            arguments[i] = value
-        return formula(*arguments, *settings)
-
-    _, vjp = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))  # type: ignore[misc]  # 2 results without aux
-    grads = dict(zip(wanted, vjp(grad_y), strict=True))
-    return tuple(grads.get(i, grad_y) for i in range(len(needed)))
+def gradient_like(tensor: Tensor) -> Tensor:
+    """Uninitialised, with the shape and layout of a gradient of `tensor`."""
+    if tensor.dim() == 2 and is_column_major(tensor):
+        return tensor.new_empty(tensor.shape[::-1]).t()
+    return tensor.new_empty(tensor.shape)
 
 
-def only_needed(grads: tuple[Tensor, ...], needed: list[bool], total: int) -> tuple[Tensor | None, ...]:
-    """What a backward returns for `total` arguments: the gradients that were asked for, and None."""
-    kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return (*kept, *(None,) * (total - len(kept)))
+def is_column_major(matrix: Tensor) -> bool:
+    strides: list[int | None] = [stride if isinstance(stride, int) else None for stride in matrix.stride()]  # no guards
+    return strides[0] == 1 and strides[1] != 1

@@ -22,7 +22,8 @@ is recomputed.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Set
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,8 @@ from torch import Tensor
 from fuse_pass.inductor import compat, private
 from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.ops.dense import product, rows_of
-from fuse_pass.ops.library import (
-    accumulation_dtype,
-    cast_for_autocast,
-    define,
-    define_autocast,
-    define_autograd,
-    placeholders,
-)
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
+from fuse_pass.ops.library import accumulation_dtype, cast_for_autocast, define
 
 QMAX = 127
 # The largest inner sizes at which no sum of products of int8 values (2^14 at most) leaves what float32 and int32 hold.
@@ -100,7 +95,7 @@ def llm_int8_linear(
             f"llm_int8_linear: expected a floating-point x [..., {weight.shape[1]}] on the weight's device "
             f"{weight.device}, got {x.dtype} {list(x.shape)} on {x.device}"
         )
-    op = _UnderTransforms.apply if _is_transformed(x, weight, bias) else _linear_op
+    op = _under_transforms if _is_transformed(x, weight, bias) else _linear_op
     return op(x, weight, scale, bias, threshold, activation)  # type: ignore[no-any-return]
 
 
@@ -187,44 +182,83 @@ def _activate(h: Tensor, activation: str | None) -> Tensor:
     return h if activation is None else ACTIVATIONS[activation].forward(h, (), None)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, threshold: float, activation: str | None
-) -> Tensor:
-    a = _activate(rows_of(x), activation)
-    a = a.to(accumulation_dtype(a.dtype))
-    outliers = None
-    if threshold > 0:
-        is_outlier = (a.abs() > threshold).any(0)
-        # Selected, not multiplied by 0 and 1: an infinity is an outlier as well, and 0 · inf is NaN.
-        outliers, a = torch.where(is_outlier, a, 0.0), torch.where(is_outlier, 0.0, a)
-    steps, row_scale = quantize_rows(a)
-    weight_steps, weight_scale = quantize_rows(weight) if scale is None else (weight, scale)
-    # In this order nothing overflows that does not overflow in the result.
-    y = _int8_product_op(steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
-    if outliers is not None:
-        y = y + product(outliers, _float_weight(weight, scale).to(a.dtype))
-    y = y if bias is None else y + bias
-    # No view for autograd: users may write into the result of a layer.
-    return private.unsafe_view(y.to(x.dtype), (*x.shape[:-1], weight.shape[0]))
+@dataclass(frozen=True)
+class LlmInt8Linear(FusedOp):
+    """x stays wide under autocast, for float16 cannot hold an activation above 65504; the result is in its dtype."""
+
+    autocast = ("cpu", "cuda")
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    threshold: float
+    activation: str | None
+
+    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
+        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
+
+    def forward(self) -> Tensor:
+        a = _activate(rows_of(self.x), self.activation)
+        a = a.to(accumulation_dtype(a.dtype))
+        outliers = None
+        if self.threshold > 0:
+            is_outlier = (a.abs() > self.threshold).any(0)
+            # Selected, not multiplied by 0 and 1: an infinity is an outlier as well, and 0 · inf is NaN.
+            outliers, a = torch.where(is_outlier, a, 0.0), torch.where(is_outlier, 0.0, a)
+        steps, row_scale = quantize_rows(a)
+        weight_steps, weight_scale = quantize_rows(self.weight) if self.scale is None else (self.weight, self.scale)
+        # In this order nothing overflows that does not overflow in the result.
+        y = _int8_product_op(steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
+        if outliers is not None:
+            y = y + product(outliers, _float_weight(self.weight, self.scale).to(a.dtype))
+        y = y if self.bias is None else y + self.bias
+        # No view for autograd: users may write into the result of a layer.
+        return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], self.weight.shape[0]))
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.weight.shape[0]))
 
 
-def _backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (summed in float32); an empty tensor where `output_mask` is False."""
-    need_x, need_weight, need_bias = output_mask
-    grad, h = rows_of(grad_y), rows_of(x)
-    grad_x, grad_weight, grad_bias = placeholders(x, 3)
-    if need_x:
-        grad_h = _float_product(grad, _float_weight(weight, scale).t()).to(x.dtype)
-        if activation is not None:
-            grad_h = ACTIVATIONS[activation].backward(grad_h, h, (), None)
-        grad_x = grad_h.view(x.shape)
-    if need_weight:
-        grad_weight = _float_product(grad.t(), _activate(h, activation).t()).to(weight.dtype)
-    if need_bias:
-        grad_bias = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
-    return grad_x, grad_weight, grad_bias
+@dataclass(frozen=True)
+class LlmInt8LinearGradients(Gradients):
+    """Of x, of a floating-point weight, and of the bias in the accumulation dtype."""
+
+    of = ("x", "weight", "bias")
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    activation: str | None
+
+    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        grad, h, grads = rows_of(grad_y), rows_of(self.x), {}
+        if "x" in needed:
+            grad_h = _float_product(grad, _float_weight(self.weight, self.scale).t()).to(self.x.dtype)
+            if self.activation is not None:
+                grad_h = ACTIVATIONS[self.activation].backward(grad_h, h, (), None)
+            grads["x"] = grad_h.view(self.x.shape)
+        if "weight" in needed:
+            grads["weight"] = _float_product(grad.t(), _activate(h, self.activation).t()).to(self.weight.dtype)
+        if "bias" in needed:
+            grads["bias"] = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
+        return grads
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        """By `torch.func.vjp` of the float layer."""
+        dtype = accumulation_dtype(self.x.dtype)
+
+        def formula(x: Tensor, weight: Tensor) -> Tensor:
+            return F.linear(_activate(x, self.activation).to(dtype), weight.to(dtype)).to(x.dtype)
+
+        _, vjp = torch.func.vjp(formula, self.x, _float_weight(self.weight, self.scale))  # type: ignore[misc]  # no aux
+        of_x, of_weight = vjp(grad_y)
+        return {"x": of_x, "weight": of_weight, "bias": rows_of(grad_y).sum(0, dtype=dtype)}
+
+    def like(self, name: str, grad_y: Tensor) -> Tensor:
+        if name == "bias":
+            return grad_y.new_empty(self.weight.shape[0], dtype=accumulation_dtype(grad_y.dtype))
+        return super().like(name)
 
 
 def _float_product(a: Tensor, b: Tensor) -> Tensor:
@@ -232,94 +266,11 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
     return product(a.to(dtype), b.to(dtype))
 
 
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _fake_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Any, activation: Any, output_mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_weight, need_bias = output_mask
-    no_x, no_weight, no_bias = placeholders(x, 3)
-    return (
-        x.new_empty(x.shape) if need_x else no_x,
-        weight.new_empty(weight.shape) if need_weight else no_weight,
-        grad_y.new_empty(weight.shape[0], dtype=accumulation_dtype(grad_y.dtype)) if need_bias else no_bias,
-    )
-
-
-_linear_op = define(
-    "llm_int8_linear",
-    "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, float threshold, str? activation) -> Tensor",
-    _forward,
-    _fake,
-)
-define(
-    "llm_int8_linear_backward",
-    "(Tensor grad_y, Tensor x, Tensor weight, Tensor? scale, str? activation, bool[3] output_mask) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, _, ctx.activation = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, scale)
-
-
-def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scale = ctx.saved_tensors
-    need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    needed = [need_x, need_weight, need_bias]
-    if torch.is_grad_enabled():
-        grads = _differentiable_grads(grad_y, x, weight, scale, ctx.activation)
-    else:
-        grads = torch.ops.fuse_pass.llm_int8_linear_backward(grad_y, x, weight, scale, ctx.activation, needed)
-    grad_x, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return grad_x, grad_weight, None, None if grad_bias is None else grad_bias.to(ctx.bias_dtype), None, None
-
-
-def _differentiable_grads(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients that can be differentiated again (`create_graph=True`), by `torch.func.vjp` of the float layer."""
-    dtype = accumulation_dtype(x.dtype)
-
-    def formula(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(_activate(x, activation).to(dtype), weight.to(dtype)).to(x.dtype)
-
-    _, vjp = torch.func.vjp(formula, x, _float_weight(weight, scale))  # type: ignore[misc]  # 2 results without aux
-    grad_x, grad_weight = vjp(grad_y)
-    return grad_x, grad_weight if scale is None else None, rows_of(grad_y).sum(0, dtype=dtype)
-
-
-define_autograd(_linear_op, _setup, _autograd)
-
-
-class _UnderTransforms(torch.autograd.Function):
-    """The op for `torch.func` transforms, which refuse what `torch.library.register_autograd` makes."""
-
-    generate_vmap_rule = True
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_autograd)
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _linear_op(*arguments)  # type: ignore[no-any-return]
+_linear_op = register("llm_int8_linear", LlmInt8Linear, LlmInt8LinearGradients)
+_under_transforms = under_transforms(_linear_op)
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return any(tensor is not None and private.is_transformed(tensor) for tensor in tensors)
-
-
-for _device_type in ("cpu", "cuda"):
-    # x stays wide, for float16 cannot hold an activation above 65504; what autocast decides is the dtype of the result.
-    define_autocast(
-        _linear_op,
-        _device_type,
-        lambda op, *args, device_type=_device_type: cast_for_autocast(op(*args), device_type),
-    )

@@ -6,45 +6,43 @@ two lists put together for one after the other.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from fuse_pass.formats import ENCODINGS
-from fuse_pass.ops.fake_quantize import OVERFLOWS, fake_quantize, round_to_format
+from fuse_pass.ops.fake_quantize import OVERFLOWS, FloatRounding, fake_quantize
 from fuse_pass.ops.rounding import ROUNDINGS
 
-_LENGTH = 7
+_LENGTH = len(dataclasses.fields(FloatRounding))
 
 
-def pack(
-    exp_bits: int, sig_bits: int, bias: int, encoding: str, rounding: str, subnormal: bool, overflow: str
-) -> list[int]:
-    """Seven integers from the arguments that `fuse_pass::fake_quantize` takes between the seed and `clip_grad`."""
-    names = (ENCODINGS.index(encoding), ROUNDINGS.index(rounding), int(subnormal), OVERFLOWS.index(overflow))
-    return [exp_bits, sig_bits, bias, *names]
+def pack(how: FloatRounding) -> list[int]:
+    names = (ENCODINGS.index(how.encoding), ROUNDINGS.index(how.rounding))
+    return [how.exp_bits, how.sig_bits, how.bias, *names, int(how.subnormal), OVERFLOWS.index(how.overflow)]
 
 
-def _unpack(settings: Sequence[int]) -> tuple[int, int, int, str, str, bool, str, bool]:
+def _unpack(settings: Sequence[int]) -> FloatRounding:
     exp_bits, sig_bits, bias, encoding, rounding, subnormal, overflow = settings
-    names = (ENCODINGS[encoding], ROUNDINGS[rounding], bool(subnormal), OVERFLOWS[overflow])
-    return exp_bits, sig_bits, bias, *names, False
+    names = (ENCODINGS[encoding], ROUNDINGS[rounding])
+    return FloatRounding(exp_bits, sig_bits, bias, *names, bool(subnormal), OVERFLOWS[overflow])
 
 
-def _each(settings: Sequence[int]) -> Iterator[tuple[int, int, int, str, str, bool, str, bool]]:
+def _each(settings: Sequence[int]) -> Iterator[FloatRounding]:
     for start in range(0, len(settings), _LENGTH):
         yield _unpack(settings[start : start + _LENGTH])
 
 
 def quantize_packed(x: Tensor, settings: Sequence[int]) -> Tensor:
     """x rounded, for use inside the body of an op (no gradient of its own); x itself for an empty list."""
-    for arguments in _each(settings):
-        x = round_to_format(x, None, *arguments)
+    for how in _each(settings):
+        x = how.rounded(x)
     return x
 
 
 def straight_through_packed(x: Tensor, settings: Sequence[int]) -> Tensor:
     """The same as a differentiable operation."""
-    for arguments in _each(settings):
-        x = fake_quantize(x, None, *arguments)
+    for how in _each(settings):
+        x = fake_quantize(x, None, *dataclasses.astuple(how), False)
     return x

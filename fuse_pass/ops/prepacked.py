@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fuse_pass.inductor import onednn, private
 from fuse_pass.ops.dense import gemm_fake, gemm_onednn, product, product_with_activation, rows_of, shaped_like_rows_of
+from fuse_pass.ops.fused_op import FusedOp, register
 from fuse_pass.ops.library import define
 
 _PLACES = 64
@@ -127,19 +129,24 @@ define(
 )
 
 
-def _dense_prepacked(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, act_arguments: list[float]
-) -> Tensor:
-    if activation:
-        y = product_with_activation(rows_of(x), weight, bias, activation, act_arguments, None, prepack=True)
-    else:
-        y = product(rows_of(x), weight, bias, prepack=True)
-    return shaped_like_rows_of(x, y)
+@dataclass(frozen=True)
+class DensePrepacked(FusedOp):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activation: str = ""
+    act_arguments: Sequence[float] = ()
+
+    def forward(self) -> Tensor:
+        rows, weight, bias, act = rows_of(self.x), self.weight, self.bias, self.activation
+        if act:
+            y = product_with_activation(rows, weight, bias, act, self.act_arguments, None, prepack=True)
+        else:
+            y = product(rows, weight, bias, prepack=True)
+        return shaped_like_rows_of(self.x, y)
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.weight.shape[0]))
 
 
-define(
-    "dense_prepacked",
-    "(Tensor x, Tensor weight, Tensor? bias, str activation, float[] act_arguments) -> Tensor",
-    body=_dense_prepacked,
-    fake=lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
-)
+register("dense_prepacked", DensePrepacked)

@@ -8,58 +8,73 @@ Both are linear in what they pass on, so gradients of any order exist. All tenso
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fuse_pass.ops.library import define, define_autograd
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register
 from fuse_pass.ops.rounding import compute_carrier
 
 
-def _clip_body(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    # By sign bits and not by a bool: the partitioner would rather store a bool than x, and storing bools is slow.
-    of_x, of_grad = compute_carrier(x.dtype), compute_carrier(grad.dtype)
-    wide = x.to(of_x.dtype)
-    outside = ((high - wide).view(of_x.int_dtype) | (wide - low).view(of_x.int_dtype)) >> of_x.width
-    bits = grad.to(of_grad.dtype).view(of_grad.int_dtype)
-    return (bits & ~outside.to(of_grad.int_dtype)).view(of_grad.dtype).to(grad.dtype)
+@dataclass(frozen=True)
+class ClipGradient(FusedOp):
+    grad: Tensor
+    x: Tensor
+    low: float
+    high: float
+
+    def forward(self) -> Tensor:
+        # By sign bits and not by a bool: the partitioner would rather store a bool than x, and storing bools is slow.
+        of_x, of_grad = compute_carrier(self.x.dtype), compute_carrier(self.grad.dtype)
+        wide = self.x.to(of_x.dtype)
+        outside = ((self.high - wide).view(of_x.int_dtype) | (wide - self.low).view(of_x.int_dtype)) >> of_x.width
+        bits = self.grad.to(of_grad.dtype).view(of_grad.int_dtype)
+        return (bits & ~outside.to(of_grad.int_dtype)).view(of_grad.dtype).to(self.grad.dtype)
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.grad)
 
 
-def _setup_clip(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, ctx.low, ctx.high = inputs
-    ctx.save_for_backward(x)
+@dataclass(frozen=True)
+class ClipGradientGradients(Gradients):
+    of = ("grad",)
+
+    x: Tensor
+    low: float
+    high: float
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return {"grad": clip_gradient(grad_y, self.x, self.low, self.high)}
 
 
-def _clip_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return torch.ops.fuse_pass.clip_gradient(grad, *ctx.saved_tensors, ctx.low, ctx.high), None, None, None
+@dataclass(frozen=True)
+class StraightThrough(FusedOp):
+    x: Tensor
+    value: Tensor
+    ratio: Tensor | None = None
+    low: float = 0
+    high: float = 0
+
+    def forward(self) -> Tensor:
+        return self.value.clone()
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.value)
 
 
-clip_gradient = define(
-    "clip_gradient",
-    "(Tensor grad, Tensor x, float low, float high) -> Tensor",
-    _clip_body,
-    lambda grad, x, low, high: torch.empty_like(grad),
-)
-define_autograd(clip_gradient, _setup_clip, _clip_autograd)
+@dataclass(frozen=True)
+class StraightThroughGradients(Gradients):
+    of = ("x",)
+
+    ratio: Tensor | None
+    low: float
+    high: float
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return {"x": grad_y if self.ratio is None else clip_gradient(grad_y, self.ratio, self.low, self.high)}
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, ratio, ctx.low, ctx.high = inputs
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(ratio)
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (ratio,) = ctx.saved_tensors
-    grad = grad if ratio is None else clip_gradient(grad, ratio, ctx.low, ctx.high)
-    return grad.to(ctx.x_dtype), None, None, None, None
-
-
-straight_through = define(
-    "straight_through",
-    "(Tensor x, Tensor value, Tensor? ratio=None, float low=0, float high=0) -> Tensor",
-    lambda x, value, ratio=None, low=0.0, high=0.0: value.clone(),
-    lambda x, value, ratio=None, low=0.0, high=0.0: torch.empty_like(value),
-)
-define_autograd(straight_through, _setup, _autograd)
+clip_gradient = register("clip_gradient", ClipGradient, ClipGradientGradients)
+straight_through = register("straight_through", StraightThrough, StraightThroughGradients)

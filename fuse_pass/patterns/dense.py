@@ -26,7 +26,8 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear
 from fuse_pass.inductor import private
-from fuse_pass.ops.dense import is_column_major, pays
+from fuse_pass.ops.dense import pays
+from fuse_pass.ops.library import is_column_major
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.pattern import Candidate, Pattern
 from fuse_pass.report import Reason

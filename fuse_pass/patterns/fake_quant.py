@@ -44,7 +44,7 @@ from fuse_pass.inductor import private
 from fuse_pass.ops.rounding import STOCHASTIC
 from fuse_pass.patterns.inserter import Inserter
 from fuse_pass.patterns.open_attention import open_dot_product, open_multi_head, problem_of_multi_head
-from fuse_pass.patterns.open_layers import LAYER_CALLS, open_layer, problem_of_layer
+from fuse_pass.patterns.open_layers import is_layer_call, open_layer, problem_of_layer
 from fuse_pass.patterns.pattern import Situation, module_path, source_line
 from fuse_pass.patterns.points import LAYERS, MULTI_HEAD, Point, point_of
 from fuse_pass.report import Decline, Match, Reason, Report
@@ -78,7 +78,7 @@ def insert(graph: Graph, situation: Situation, spec: QuantSpec) -> Report:
         if point is not None:
             parts = [(node, point)]
             problem = _problem(view, node, point, situation, spec)
-        elif node.target in LAYER_CALLS:
+        elif is_layer_call(node):
             problem = _problem_of_place(view, node, situation, spec) or problem_of_layer(node)
             parts = [] if problem is not None else open_layer(inserter, node)
         else:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch.fx import Node
 
 from fuse_pass.graph.convolution import CHANNELS, is_grouped
@@ -14,6 +13,8 @@ from fuse_pass.graph.experts import has_experts
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear, Walk
+from fuse_pass.ops.fake_quantize import FakeQuantize
+from fuse_pass.ops.fused_op import declaration_of
 from fuse_pass.ops.packed_format import pack
 from fuse_pass.report import Reason
 
@@ -38,12 +39,12 @@ def through_quantisation(view: GraphView, walks: list[Walk], nodes: list[Node]) 
 
 def _settings_of(node: Node) -> tuple[Node, list[int]] | None:
     """What a fake quantisation that an op can do inside reads, and how it rounds."""
-    if node.target is not torch.ops.fuse_pass.fake_quantize.default:
+    if declaration_of(node.target) is not FakeQuantize:
         return None
-    source, seed, *settings, clip_grad = cast(tuple[Any, ...], node.args)
-    if seed is not None or clip_grad or not isinstance(source, Node):
+    call = FakeQuantize.of_call(node.args, node.kwargs)
+    if call.seed is not None or call.clip_grad or not isinstance(call.x, Node):
         return None
-    return source, pack(*settings)
+    return call.x, pack(call.how)
 
 
 def as_arguments(formats: Sequence[list[int]]) -> tuple[list[int], ...]:

@@ -24,14 +24,9 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.ops.dense import prepacking_pays
+from fuse_pass.ops.fused_op import Role, arguments_of, declaration_of
 from fuse_pass.patterns import dense
 from fuse_pass.patterns.pattern import Candidate, Pattern
-
-_ops = torch.ops.fuse_pass
-# Ops of ours that can prepack their weights themselves, and where these are among the arguments.
-_BLOCKS = {_ops.dense_act_dense_inference.default: (1, 3), _ops.gated_dense_inference.default: (1, 3, 5)}
-# Ops of ours that are one product.
-_LAYERS = (_ops.dense.default, _ops.dense_act.default)
 
 
 def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
@@ -39,15 +34,13 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
         y = value_of(node)
         if y is None or y.requires_grad:
             continue
-        if node.target in _BLOCKS:
-            weights = [node.args[place] for place in _BLOCKS[node.target]]
-        elif node.target in _LAYERS:
-            weights = [node.args[1]]
+        op, layer = declaration_of(node.target), view.linears.get(node)
+        if op is not None:
+            weights = op.of_call(node.args, node.kwargs).of_role(Role.WEIGHT)
         else:
-            layer = view.linears.get(node)
             weights = [layer.weight] if layer is not None and not layer.transposed and layer.nodes == (node,) else []
         packed = [weight for weight in weights if isinstance(weight, Node) and _may_be_kept(view, weight, y)]
-        if packed and len(packed) == sum(weight is not None for weight in weights):
+        if packed and len(packed) == len(weights):
             yield _candidate(view, node, packed)
 
 
@@ -82,17 +75,22 @@ def _candidate(view: GraphView, node: Node, weights: list[Node]) -> Candidate:
 
 
 def check(view: GraphView, candidate: Candidate) -> Problem | None:
-    return None if candidate.anchor.target in _BLOCKS else dense.check(view, candidate)
+    return None if _packs_itself(candidate.anchor) else dense.check(view, candidate)
+
+
+def _packs_itself(node: Node) -> bool:
+    """Whether an op of ours has that as a setting; others are one product."""
+    op = declaration_of(node.target)
+    return op is not None and any(argument.name == "prepack" for argument in arguments_of(op))
 
 
 def replace(editor: Editor, candidate: Candidate) -> None:
     node, arguments = candidate.anchor, candidate.constants["arguments"]
     with editor.at(candidate.outputs, candidate.nodes):
-        if node.target in _BLOCKS:
+        if _packs_itself(node):
             y = editor.call(node.target, *arguments, prepack=True)  # type: ignore[arg-type]
         else:
-            x, weight, bias, *activation = arguments
-            y = editor.call(_ops.dense_prepacked.default, x, weight, bias, *(activation or ("", [])))
+            y = editor.call(torch.ops.fuse_pass.dense_prepacked.default, *arguments)
     editor.replace(node, y)
     editor.erase(candidate.nodes)
 

@@ -12,7 +12,11 @@ from fuse_pass.graph.canonical import Op, permutation
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import keeps_rows, same_shape, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.ops.fake_quantize import FakeQuantize
+from fuse_pass.ops.fake_quantize_int import FakeQuantizeInt
+from fuse_pass.ops.fused_op import declaration_of
 from fuse_pass.ops.packed_format import pack
+from fuse_pass.ops.straight_through import StraightThrough
 from fuse_pass.report import Reason
 
 
@@ -133,22 +137,17 @@ def _moved_dimensions(op: Op, rank: int) -> set[int] | None:
     return {dim % rank for dim in dims} if all(isinstance(dim, int) for dim in dims) else None
 
 
-_ROUNDING = ("fuse_pass.fake_quantize", "fuse_pass.fake_quantize_int", "fuse_pass.straight_through")
-
-
 def _enter_quantisation(path: Path) -> bool:
     node: Node = path.top
-    name = str(node.target).removesuffix(".default")
-    if name not in _ROUNDING or node.kwargs or path.quantised is not None:
+    op = declaration_of(node.target)
+    if op not in (FakeQuantize, FakeQuantizeInt, StraightThrough) or path.quantised is not None:
         return False
-    source, *arguments = node.args
-    if name == _ROUNDING[0]:
-        seed, *settings, clip_grad = arguments
-        if seed is None and not clip_grad:
-            path.sum_format = pack(*settings)  # type: ignore[arg-type]  # checked by the op's schema
-    if not path.sum_format:
+    call: Any = op.of_call(node.args, node.kwargs)
+    if op is FakeQuantize and call.seed is None and not call.clip_grad:
+        path.sum_format = pack(call.how)
+    else:
         detail = f"{node.name} rounds at random, by a scale of its own or with clipped gradients"
         path.problem = Problem(Reason.QUANTIZATION, detail, node)
     path.nodes.append(node)
-    path.quantised, path.top = node, source
+    path.quantised, path.top = node, call.x
     return True

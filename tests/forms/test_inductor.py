@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, Node
 
 from fuse_pass.inductor import compat
-from fuse_pass.inductor.partition import RecomputeTags
+from fuse_pass.joint.recompute import RecomputeTags
 from fuse_pass.nn import FusedDropoutLayerNorm
 
 aten, prims = torch.ops.aten, torch.ops.prims

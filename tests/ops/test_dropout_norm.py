@@ -352,7 +352,7 @@ OPCHECKS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
             ops.dropout_norm_backward,
             lambda grads=grads, wanted=wanted: (
                 *(torch.randn(3, 5, 24) if given else None for given in grads),
-                *(torch.randn(3, 5, 24), _STATISTICS, torch.ones(24), torch.tensor(SEED), P, 1, "layer_norm", None),
+                *(torch.randn(3, 5, 24), _STATISTICS, torch.ones(24), *settings()),
                 wanted,
             ),
         )

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse_pass.ops.packed_format import pack, straight_through_packed
+from fuse_pass.ops.packed_format import straight_through_packed
 from fuse_pass.patterns.dropout_norm import example_inputs
+from tests.packed import packed_format
 
 ops = torch.ops.fuse_pass
 FORMATS = {
-    "fp8_e4m3": pack(4, 3, 7, "fn", "nearest", True, "ieee"),
-    "fp4_e2m1, towards zero": pack(2, 1, 1, "finite", "towards_zero", True, "saturate"),
-    "bf16": pack(8, 7, 127, "ieee", "nearest", True, "ieee"),
+    "fp8_e4m3": packed_format(4, 3, 7, "fn", "nearest", True, "ieee"),
+    "fp4_e2m1, towards zero": packed_format(2, 1, 1, "finite", "towards_zero", True, "saturate"),
+    "bf16": packed_format(8, 7, 127, "ieee", "nearest", True, "ieee"),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 every_case = pytest.mark.parametrize(

@@ -207,7 +207,8 @@ def test_fake_tensors_with_symbolic_sizes(mode: str) -> None:
         y, h, up = ops.gated_dense(*given, *settings(p=0.0, mode=mode))
         x, w1, _, wu, _, w2, _ = given
         kept = None if wu is None else up
-        grads = ops.gated_dense_backward(y, x, w1, wu, w2, h, kept, *settings(p=0.0, mode=mode), [True] * 7)
+        mask = [value is not None for value in given]
+        grads = ops.gated_dense_backward(y, x, w1, wu, w2, h, kept, *settings(p=0.0, mode=mode), mask)
         assert [*y.shape] == [x.shape[0], x.shape[1], 16]
         assert h.shape[0] == x.shape[0] * x.shape[1]
         assert [grad.shape for grad in grads if grad.numel()] == [t.shape for t in given if t is not None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fuse_pass
 from fuse_pass import FuseBackend, Granularity, QuantSpec, Reason, Site, convert, fake_quantize, fuse_backend
 from tests.capture import Captured, capture
+from tests.packed import packed_format
 
 
 class Everything(nn.Module):
@@ -223,7 +224,7 @@ def test_configuration() -> None:
 def test_the_op_s_gradients_with_quantised_interior() -> None:
     """Straight through both quantisations: the formula by hand."""
     x, w1, w2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (6, 4), (5, 6)))
-    settings = fuse_pass.ops.packed_format.pack(5, 2, 15, "ieee", "nearest", True, "ieee")
+    settings = packed_format(5, 2, 15, "ieee", "nearest", True, "ieee")
     y = torch.ops.fuse_pass.dense_act_dense(x, w1, None, w2, None, None, None, 0.0, "silu", [], settings, settings)[0]
     grads = torch.autograd.grad(y.sum(), (x, w1, w2))
     h = x @ w1.T

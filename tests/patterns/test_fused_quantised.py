@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fuse_pass import FuseBackend, QuantSpec, Reason, fake_quantize
-from fuse_pass.ops.packed_format import pack, quantize_packed, straight_through_packed
+from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 from tests.capture import Captured, capture
+from tests.packed import packed_format
 from tests.patterns.truth import SEED, SameDropout
 
 MIXED = QuantSpec(input="fp8_e5m2", weight="fp8_e4m3", output="fp16")
@@ -98,7 +99,10 @@ def test_scales_of_the_tensor_stay_outside(spec: str) -> None:
 
 def test_the_ops_with_a_rounded_result() -> None:
     """opcheck, and values and gradients against the formula in PyTorch."""
-    fp8, bf16 = pack(4, 3, 7, "fn", "nearest", True, "saturate"), pack(8, 7, 127, "ieee", "nearest", True, "ieee")
+    fp8, bf16 = (
+        packed_format(4, 3, 7, "fn", "nearest", True, "saturate"),
+        packed_format(8, 7, 127, "ieee", "nearest", True, "ieee"),
+    )
     x, w1, wu, w2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (6, 4), (6, 4), (5, 6)))
     act = torch.nn.functional.silu
 
@@ -123,7 +127,10 @@ def test_the_ops_with_a_rounded_result() -> None:
 
 
 def test_two_quantisations_in_one_list() -> None:
-    fp16, fp4 = pack(5, 10, 15, "ieee", "nearest", True, "ieee"), pack(2, 1, 1, "finite", "nearest", True, "saturate")
+    fp16, fp4 = (
+        packed_format(5, 10, 15, "ieee", "nearest", True, "ieee"),
+        packed_format(2, 1, 1, "finite", "nearest", True, "saturate"),
+    )
     x = torch.linspace(-8, 8, 1001)
     expected = fake_quantize(fake_quantize(x, "fp16"), "fp4_e2m1")
     assert torch.equal(quantize_packed(x, [*fp16, *fp4]), expected)

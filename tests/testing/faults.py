@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch._inductor import decomposition
 
-from fuse_pass.ops import dense_act_dense as dense
-from fuse_pass.ops import dropout_norm as norm
+import fuse_pass.ops  # noqa: F401 - registers the ops
 from fuse_pass.patterns import pattern
 from fuse_pass.report import Reason
 from fuse_pass.testing import plants
@@ -22,16 +21,6 @@ from fuse_pass.testing.builder import Builder
 
 Arguments = dict[str, Any]
 Change = Callable[[Callable[..., Any], Arguments], Any]
-
-BODIES: dict[str, Callable[..., Any]] = {
-    "dropout_norm": norm._forward,
-    "dropout_norm_backward": norm._backward,
-    "dense_act_dense": dense._forward,
-    "dense_act_dense_inference": dense._forward_inference,
-    "act_dense": dense._tail_forward,
-    "dense_act_dense_backward": dense._backward,
-    "act_dense_backward": dense._tail_backward,
-}
 
 
 @dataclass(frozen=True)
@@ -55,9 +44,10 @@ class Fault:
         op = getattr(torch.ops.fuse_pass, self.op).default
         names = [argument.name for argument in op._schema.arguments]
         defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
+        body = decomposition.decompositions[op]
 
         def right(**arguments: Any) -> Any:
-            return BODIES[self.op](*(arguments[name] for name in names))
+            return body(*(arguments[name] for name in names))
 
         def faulty(*values: Any, **named: Any) -> Any:
             return self.change(right, {**defaults, **dict(zip(names, values, strict=False)), **named})

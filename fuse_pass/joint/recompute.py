@@ -13,18 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fuse_pass.inductor import compat
+from fuse_pass.inductor.private import CustomGraphPass, OpOverload
+from fuse_pass.ops.fused_op import FusedOp, declaration_of
 
-NAMESPACE = "fuse_pass"
 MEMORY = ("fastest", "balanced", "smallest")
-# Forward ops whose elementwise part is recomputed whole. Of the other ops only the random mask is.
-_RECOMPUTED_OPS = ("dense_act_dense", "act_dense", "gated_dense")
-# Ops that keep what they store once; what others store may be an input of the graph.
-_STORES_WHAT_IT_KEEPS = ("dropout_norm",)
 _MASK_DTYPES = (torch.bool, torch.int32)
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
@@ -77,32 +73,36 @@ def recompute_in_backward(node: Node) -> None:
 
 
 def _is_recomputable(node: Node, memory: str) -> bool:
-    origin, value = _origin(node), node.meta.get("val")
-    if origin is None or not isinstance(value, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+    value = node.meta.get("val")
+    if not _is_ours(node) or not isinstance(value, torch.Tensor):
         return False
     if value.dtype in _MASK_DTYPES:
         return value.dim() > 0  # the seed itself is saved: a second draw would be another mask
-    if node.target is compat.STORED_ONCE and origin not in _STORES_WHAT_IT_KEEPS:
+    op = _origin(node)
+    if node.target is compat.STORED_ONCE and not (op is not None and op.stores_what_it_keeps):
         return True
-    if origin not in _RECOMPUTED_OPS or memory == "fastest":
+    if op is None or not op.recompute or memory == "fastest":
         return False
-    return torch.Tag.pointwise in node.target.tags or (memory == "smallest" and _is_hidden_product(node, origin))
+    return _is_pointwise(node) or (memory == "smallest" and _is_hidden_product(node, op))
 
 
-def _origin(node: Node) -> str | None:
-    """Name of the op of ours that a node was decomposed from."""
+def _is_ours(node: Node) -> bool:
+    """Whether a node was decomposed from an op of ours, a backward one or one that draws among them."""
     origin = node.meta.get("original_aten")
-    if node.op != "call_function" or not isinstance(origin, torch._ops.OpOverload) or origin.namespace != NAMESPACE:
-        return None
-    return str(origin._opname)
+    is_call = node.op == "call_function" and isinstance(node.target, OpOverload)
+    return is_call and isinstance(origin, OpOverload) and origin.namespace == "fuse_pass"
 
 
-def _is_hidden_product(node: Node, origin: str) -> bool:
-    """Whether a node is the first product of `dense_act_dense`: the one that its own activation reads."""
+def _origin(node: Node) -> type[FusedOp] | None:
+    """The declared op that a node was decomposed from."""
+    return declaration_of(node.meta.get("original_aten"))
+
+
+def _is_pointwise(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _is_hidden_product(node: Node, op: type[FusedOp]) -> bool:
+    """Whether a node is the first product of a block: the one that its own activation reads."""
     is_product = node.target in _PRODUCTS or node.target == torch.ops.fuse_pass.gemm.default
-    return is_product and any(
-        _origin(user) == origin
-        and isinstance(user.target, torch._ops.OpOverload)
-        and torch.Tag.pointwise in user.target.tags
-        for user in node.users
-    )
+    return is_product and any(_origin(user) is op and _is_pointwise(user) for user in node.users)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fuse_pass.inductor.partition import recompute_in_backward
 from fuse_pass.inductor.private import (
     CallFunction,
     CustomGraphPass,
@@ -24,6 +23,7 @@ from fuse_pass.inductor.private import (
     prims,
     register_graph_pattern,
 )
+from fuse_pass.joint.recompute import recompute_in_backward
 from fuse_pass.ops import rng
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ class OwnMasks(CustomGraphPass):
                     _recompute(node)
 
     def uuid(self) -> Any:
-        return "fuse_pass.ops.dropout_masks"
+        return "fuse_pass.joint.dropout_masks"
 
 
 def _recompute(node: Node) -> None:

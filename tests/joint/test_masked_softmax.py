@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuse_pass.backend import fuse_backend
 from fuse_pass.inductor import compat
-from fuse_pass.inductor.masked_softmax import MaskedSoftmax
+from fuse_pass.joint.masked_softmax import MaskedSoftmax
 
 aten = torch.ops.aten
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 5, 7, 3

@@ -14,8 +14,8 @@ from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fuse_pass.backend import FuseBackend, fuse_backend
-from fuse_pass.inductor import partition
-from fuse_pass.inductor.partition import RecomputeTags
+from fuse_pass.joint import recompute
+from fuse_pass.joint.recompute import RecomputeTags
 
 ROWS, WIDTH, HIDDEN = 6, 8, 24
 
@@ -84,7 +84,7 @@ def of_hidden_size(values: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def untagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "_is_recomputable", lambda node, memory: False)
+    monkeypatch.setattr(recompute, "_is_recomputable", lambda node, memory: False)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -173,7 +173,7 @@ def test_recomputed_masks_are_those_of_the_forward() -> None:
 
 
 def test_stock_dropout_is_not_recomputed() -> None:
-    """These tags are for our ops alone; `ops.dropout_masks` sees to the dropouts that we did not fuse.
+    """These tags are for our ops alone; `joint.dropout_masks` sees to the dropouts that we did not fuse.
 
     Of theirs only the seeds are tagged, and those are kept.
     """
