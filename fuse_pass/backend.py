@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,8 @@ from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.joint.dropout_masks import OwnMasks
 from fuse_pass.joint.masked_softmax import MaskedSoftmax
-from fuse_pass.joint.recompute import MEMORY, RecomputeTags
+from fuse_pass.joint.recompute import RecomputeTags
+from fuse_pass.options import Options, names
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant, prepack
 from fuse_pass.quantized_calls import QuantizedCall, counted, warn_of_graph_break
 from fuse_pass.report import Decline, Note, Reason, Report, publish
@@ -81,41 +81,23 @@ class FuseBackend:
         prepack: bool = False,
         strict: bool = False,
     ) -> None:
-        for name, value in (("prepack", prepack), ("strict", strict)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected a bool, got {value!r}")
-        if memory not in MEMORY:
-            raise ValueError(f"unknown setting {memory!r} of memory; valid are {', '.join(MEMORY)}")
-        names = tuple(_PATTERNS_BY_NAME) if patterns is None else _names(patterns)
-        self.patterns = tuple(name for name in _PATTERNS_BY_NAME if name in names)
-        self.strict = strict
-        self.memory = memory
-        self.prepack = prepack
-        self.quantize = None if quantize is None else spec_of(quantize)
-        if self.quantize is not None:
-            _require_stateless(self.quantize)
+        self.options = Options.of(patterns, quantize, memory=memory, prepack=prepack, strict=strict)
         self.__name__ = "fuse_pass"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The configuration as keyword arguments."""
-        return {
-            "patterns": self.patterns,
-            "quantize": self.quantize,
-            "memory": self.memory,
-            "prepack": self.prepack,
-            "strict": self.strict,
-        }
+    @classmethod
+    def of(cls, options: Options) -> FuseBackend:
+        """The backend with these options."""
+        return cls(**options.as_dict())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FuseBackend) and self.options == other.options
 
     def __hash__(self) -> int:
-        return hash((FuseBackend, *self.options.values()))
+        return hash((FuseBackend, self.options))
 
     def __repr__(self) -> str:
-        settings = f"quantize={self.quantize}, memory={self.memory!r}, prepack={self.prepack}, strict={self.strict}"
-        return f"FuseBackend(patterns={list(self.patterns)}, {settings})"
+        given = self.options.as_dict() | {"patterns": list(self.options.patterns)}
+        return f"FuseBackend({', '.join(f'{name}={_shown(value)}' for name, value in given.items())})"
 
     def __call__(
         self,
@@ -127,12 +109,13 @@ class FuseBackend:
     ) -> Callable[..., Any]:
         """Compiles a Dynamo graph. `options` may mix Inductor's options with ours (`patterns`, `strict`)."""
         own, inductor_options = split_options(options or {})
-        configured = FuseBackend(**{**self.options, **own})
+        configured = FuseBackend.of(self.options.updated(own))
+        chosen = configured.options
         own_random_numbers = not compat.draws_stock_random_numbers(inductor_options)
         fused, report = configured.rewrite(gm, own_random_numbers=own_random_numbers)
         breaks: list[Decline] = []
-        if configured.quantize is not None:
-            breaks = _graph_break(gm, configured.quantize)
+        if chosen.quantize is not None:
+            breaks = _graph_break(gm, chosen.quantize)
             report.declines += breaks
             fused = copy_graph_module(gm) if fused is gm else fused
             precompile.leave_out(fused)  # another process would run the graph without `counted`
@@ -145,17 +128,18 @@ class FuseBackend:
             compat.give_room_for_seeds(fused)
             masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
-                cache_key(configured.options),
+                cache_key(chosen.as_dict()),
                 (*passes, *masks),
-                memory=configured.memory,
+                memory=chosen.memory,
                 guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )
-        compiled: Callable[..., Any] = compiler(fused, example_inputs)
-        return compiled if configured.quantize is None else counted(compiled, has_break=bool(breaks))
+        with input_checks.left_to_guards():
+            compiled: Callable[..., Any] = compiler(fused, example_inputs)
+        return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))
 
     def call_context(self, options: Mapping[str, Any] | None) -> Callable[[], QuantizedCall] | None:
         """What watches every call of what is compiled with this backend and `options`; None without `quantize`."""
-        quantize = (options or {}).get("quantize", self.quantize)
+        quantize = (options or {}).get("quantize", self.options.quantize)
         return None if quantize is None else functools.partial(QuantizedCall, spec_of(quantize))
 
     @collector_paused()
@@ -185,7 +169,8 @@ class FuseBackend:
             step = "generating code"
             return (_recompiled(fused), report) if report.matches else (gm, report)
         except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
-            if self.strict or (self.quantize is not None and fallback is gm):  # unquantised, it would be another model
+            unquantised = self.options.quantize is not None and fallback is gm  # that would be another model
+            if self.options.strict or unquantised:
                 raise
             warnings.warn(
                 f"fuse_pass: {step} failed ({type(error).__name__}: {error}); "
@@ -197,14 +182,14 @@ class FuseBackend:
 
     def _passes(self) -> Iterator[tuple[str, Callable[[Graph, Situation], Report]]]:
         """What runs over every graph, in order; fusion comes last, so that it sees the quantised operands."""
-        if self.quantize is not None:
-            yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.quantize)
+        if self.options.quantize is not None:
+            yield fake_quant.NAME, functools.partial(fake_quant.insert, spec=self.options.quantize)
         operations = Operations()
-        for name in self.patterns:
+        for name in self.options.patterns:
             if name == dense.PATTERN.name:
                 yield "opening attention", attention_projections.open_where_it_pays
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name], operations=operations)
-        if self.prepack:
+        if self.options.prepack:
             yield prepack.PATTERN.name, functools.partial(apply, prepack.PATTERN, operations=operations)
 
 
@@ -236,37 +221,6 @@ def _graph_break(gm: GraphModule, spec: QuantSpec) -> list[Decline]:
     return [Decline(fake_quant.NAME, Reason.GRAPH_BREAK, reason, "", f"{Path(file).name}:{line}" if file else "", "")]
 
 
-def _require_stateless(spec: QuantSpec) -> None:
-    """A graph has no place for what layers keep or do in backward."""
-    if spec.grad is not None:
-        raise ValueError(
-            "quantize: gradients are quantised in layers only; expected a QuantSpec with grad=None, "
-            "or use fuse_pass.convert"
-        )
-    for name in ("input", "weight", "bias", "output"):
-        site = getattr(spec, name)
-        if site is not None and site.needs_scale:
-            raise ValueError(
-                f"quantize: a {site.scale} scale belongs to a layer; expected scale=None or 'dynamic' for {name}, "
-                "or use fuse_pass.convert and fuse_pass.calibrate"
-            )
-
-
-def _names(patterns: Any) -> tuple[str, ...]:
-    """The names of patterns; ValueError where one is unknown, TypeError where they are no collection of names."""
-    if isinstance(patterns, str):
-        raise TypeError(f"patterns: expected a collection of names such as [{patterns!r}], got the string {patterns!r}")
-    if isinstance(patterns, (bytes, bytearray)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"patterns: expected a collection of names such as ['{dense.PATTERN.name}'], got {patterns!r}")
-    names = tuple(patterns)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"patterns: expected names such as '{dense.PATTERN.name}', got {name!r}")
-        if name not in _PATTERNS_BY_NAME:
-            raise ValueError(f"unknown pattern {name!r}; valid names are {', '.join(_PATTERNS_BY_NAME)}")
-    return names
-
-
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates our options from Inductor's.
 
@@ -279,7 +233,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     for name in options:
         if not isinstance(name, str):
             raise TypeError(f"options: expected names such as 'max_autotune', got {name!r}")
-    ours = list(inspect.signature(FuseBackend).parameters)
+    ours = names()
     own = {name: value for name, value in options.items() if name in ours}
     rest = {name: value for name, value in options.items() if name not in ours}
     for name in rest:
@@ -299,6 +253,10 @@ def _calls_our_ops(module: GraphModule) -> bool:
         if isinstance(child, GraphModule)
         for node in child.graph.nodes
     )
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, QuantSpec) else repr(value)
 
 
 _Autocast = tuple[tuple[Any, ...], ...]

@@ -16,8 +16,9 @@ from fuse_pass.convert import convert
 from fuse_pass.formats import Format
 from fuse_pass.inductor import compat, private
 from fuse_pass.nn.quantized import LAYER_FOR
+from fuse_pass.options import Options
 from fuse_pass.quantized_calls import watch_layers
-from fuse_pass.spec import QuantSpec, spec_of
+from fuse_pass.spec import QuantSpec
 
 # Their arithmetic is out of a graph's reach.
 _OPAQUE = (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
@@ -67,22 +68,15 @@ def compile(
             "fuse_pass.compile always uses the fuse_pass backend and takes no `backend`; "
             "for another one call torch.compile"
         )
-    backend = FuseBackend(patterns, quantize=quantize, memory=memory, prepack=prepack, strict=strict)
+    chosen = Options.of(patterns, quantize, memory=memory, prepack=prepack, strict=strict)
     _require_valid(torch_compile_kwargs)
-    options = torch_compile_kwargs.get("options") or {}
-    spec = backend.quantize if options.get("quantize") is None else spec_of(options["quantize"])
     if model is None:
-        own: dict[str, Any] = {
-            "patterns": patterns,
-            "quantize": quantize,
-            "memory": memory,
-            "prepack": prepack,
-            "strict": strict,
-        }
-        return functools.partial(compile, **own, **torch_compile_kwargs)
+        return functools.partial(compile, **chosen.as_dict(), **torch_compile_kwargs)
+    own, _ = split_options(torch_compile_kwargs.get("options") or {})
+    spec = chosen.updated(own).quantize
     if spec is not None and isinstance(model, nn.Module):
         model = _with_opaque_layers_quantised(model, spec)
-    compiled: Any = torch.compile(model, backend=backend, **torch_compile_kwargs)
+    compiled: Any = torch.compile(model, backend=FuseBackend.of(chosen), **torch_compile_kwargs)
     if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
         compiled.forward = _without_fast_path(compiled.forward)
     if spec is None:

@@ -9,7 +9,10 @@ without Dynamo.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,7 +24,6 @@ from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 
 from fuse_pass.inductor import compat
-from fuse_pass.joint.recompute import RecomputeTags
 
 
 def are_in_guards(gm: GraphModule) -> bool:
@@ -33,11 +35,30 @@ def are_in_guards(gm: GraphModule) -> bool:
 
 
 _write_checks = PythonWrapperCodegen.codegen_input_size_asserts
+_lock = threading.Lock()
+_compilations: list[None] = []
 
 
-def _write_checks_that_nobody_made(wrapper: PythonWrapperCodegen) -> None:
-    passes = compat.joint_passes({})
-    if V.graph.is_backward or not any(isinstance(run, RecomputeTags) and run.guarded_inputs for run in passes):
+@contextlib.contextmanager
+def left_to_guards() -> Iterator[None]:
+    """While code is generated, Inductor leaves out the checks of graphs whose joint pass says `guarded_inputs`.
+
+    Other threads may compile meanwhile: their graphs say nothing of the kind, and are as always.
+    """
+    with _lock:
+        _compilations.append(None)
+        PythonWrapperCodegen.codegen_input_size_asserts = _write_needed_checks  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        with _lock:
+            _compilations.pop()
+            if not _compilations:
+                PythonWrapperCodegen.codegen_input_size_asserts = _write_checks  # type: ignore[method-assign]
+
+
+def _write_needed_checks(wrapper: PythonWrapperCodegen) -> None:
+    if V.graph.is_backward or not any(getattr(run, "guarded_inputs", False) for run in compat.joint_passes({})):
         _write_checks(wrapper)
         return
     varying = {name: value for name, value in wrapper.get_graph_inputs().items() if not _is_of_fixed_size(value)}
@@ -49,6 +70,3 @@ def _is_of_fixed_size(value: Any) -> bool:
     return isinstance(value, IRNode) and all(
         isinstance(size, (int, sympy.Integer)) for size in (*value.get_size(), *value.get_stride())
     )
-
-
-PythonWrapperCodegen.codegen_input_size_asserts = _write_checks_that_nobody_made  # type: ignore[method-assign, assignment]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.utils import run_and_get_code
 
 from fuse_pass.backend import FuseBackend, fuse_backend
+from fuse_pass.inductor import input_checks
 
 ROWS, WIDTH, HIDDEN = 4, 8, 16
 GUARDED = torch.__version__ >= "2.12"  # the sizes of parameters, by Dynamo
@@ -100,3 +102,29 @@ def test_another_size_is_compiled_anew(change: str) -> None:
             return
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 2
+
+
+def test_inductor_is_as_it_was_outside_of_our_compilations() -> None:
+    stock = PythonWrapperCodegen.codegen_input_size_asserts
+    seen: list[Any] = []
+
+    def look(gm: torch.fx.GraphModule) -> None:
+        seen.append(PythonWrapperCodegen.codegen_input_size_asserts)
+
+    options = {"joint_custom_post_pass": look}
+    with torch.no_grad():
+        torch.compile(block(), backend=fuse_backend, options=options)(torch.randn(ROWS, WIDTH))
+    assert seen
+    assert seen[0] is not stock
+    assert PythonWrapperCodegen.codegen_input_size_asserts is stock
+
+
+def test_compilations_at_the_same_time() -> None:
+    stock = PythonWrapperCodegen.codegen_input_size_asserts
+    first, second = input_checks.left_to_guards(), input_checks.left_to_guards()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert PythonWrapperCodegen.codegen_input_size_asserts is not stock
+    second.__exit__(None, None, None)
+    assert PythonWrapperCodegen.codegen_input_size_asserts is stock
