@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from fuse_pass.inductor import private
+from fuse_pass.ops.activations import ACTIVATIONS, Activation
 
 aten = torch.ops.aten
 
@@ -47,7 +48,6 @@ _Row = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
 def _unary(input: Any) -> None: ...
-def _unary_in_place_option(input: Any, inplace: Any = False) -> None: ...
 def _binary(input: Any, other: Any) -> None: ...
 def _scaled_binary(input: Any, other: Any, alpha: Any = 1) -> None: ...
 def _linear(input: Any, weight: Any, bias: Any = None) -> None: ...
@@ -64,13 +64,6 @@ def _conv(
 ) -> None: ...
 def _div(input: Any, other: Any, rounding_mode: Any = None) -> None: ...
 def _pow(input: Any, exponent: Any) -> None: ...
-def _softplus(input: Any, beta: Any = 1, threshold: Any = 20) -> None: ...
-def _gelu(input: Any, approximate: Any = "none") -> None: ...
-def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> None: ...
-def _elu(input: Any, alpha: Any = 1.0, inplace: Any = False) -> None: ...
-def _prelu(input: Any, weight: Any) -> None: ...
-def _hardtanh(input: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: Any = False) -> None: ...
-def _relu6(input: Any, inplace: Any = False, min_val: Any = 0.0, max_val: Any = 6.0) -> None: ...
 def _dropout_function(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None: ...
 def _dropout(input: Any, p: Any, train: Any) -> None: ...
 def _layer_norm(
@@ -166,26 +159,11 @@ _TABLE: tuple[_Row, ...] = (
     ("sqrt", _unary, (torch.sqrt, "sqrt", aten.sqrt.default)),
     ("rsqrt", _unary, (torch.rsqrt, "rsqrt", aten.rsqrt.default)),
     ("reciprocal", _unary, (torch.reciprocal, "reciprocal", aten.reciprocal.default)),
-    ("tanh", _unary, (torch.tanh, "tanh", F.tanh, aten.tanh.default)),
     ("erf", _unary, (torch.erf, "erf", torch.special.erf, aten.erf.default)),
-    ("sigmoid", _unary, (torch.sigmoid, "sigmoid", F.sigmoid, torch.special.expit, aten.sigmoid.default)),
     ("exp", _unary, (torch.exp, "exp", aten.exp.default)),
     ("log", _unary, (torch.log, "log", aten.log.default)),
     ("log1p", _unary, (torch.log1p, "log1p", torch.special.log1p, aten.log1p.default)),
-    ("softplus", _softplus, (F.softplus, aten.softplus.default)),
-    # activations
-    ("gelu", _gelu, (F.gelu, aten.gelu.default)),
-    ("relu", _unary_in_place_option, (F.relu, torch.relu, "relu", aten.relu.default)),
-    ("leaky_relu", _leaky_relu, (F.leaky_relu, aten.leaky_relu.default)),
-    ("prelu", _prelu, (F.prelu, torch.prelu, "prelu")),
-    ("elu", _elu, (F.elu,)),
-    ("selu", _unary_in_place_option, (F.selu, torch.selu, aten.selu.default)),
-    ("silu", _unary_in_place_option, (F.silu, aten.silu.default)),
-    ("mish", _unary_in_place_option, (F.mish, aten.mish.default)),
-    ("hardtanh", _hardtanh, (F.hardtanh, aten.hardtanh.default)),
-    ("hardtanh", _relu6, (F.relu6,)),
-    ("hardswish", _unary_in_place_option, (F.hardswish, aten.hardswish.default)),
-    ("hardsigmoid", _unary_in_place_option, (F.hardsigmoid, aten.hardsigmoid.default)),
+    *((row.kind, called.parameters, called.targets) for row in ACTIVATIONS.values() for called in row.called),
     ("glu", _glu, (F.glu, aten.glu.default)),
     # a whole nn.TransformerEncoderLayer in eval, as one call
     ("encoder_layer", _variadic, (private.ENCODER_LAYER,)),
@@ -194,26 +172,19 @@ _TABLE: tuple[_Row, ...] = (
 # Spellings that write into their first argument, by the spelling that does not.
 _IN_PLACE_METHODS = (
     *("add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt"),
-    *("tanh", "sigmoid", "exp", "relu", "erf"),
+    *("exp", "erf"),
 )
 _IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    torch.selu_: torch.selu,
     torch.dropout_: torch.dropout,
-    F.relu_: F.relu,
-    F.leaky_relu_: F.leaky_relu,
-    F.elu_: F.elu,
-    F.selu_: F.selu,
-    F.hardtanh_: F.hardtanh,
     torch.square_: torch.square,
-    torch.sigmoid_: torch.sigmoid,
-    torch.tanh_: torch.tanh,
     **{f"{name}_": name for name in _IN_PLACE_METHODS},
 }
+for _called in (called for row in ACTIVATIONS.values() for called in row.called):
+    _IN_PLACE.update(_called.in_place)
 
 # Other names for canonical parameters: aten's and some Python signatures'.
 _ALIASES = {
@@ -282,6 +253,24 @@ class Operations:
 
 def _name(signature: inspect.Signature, name: str) -> str:
     return name if name in signature.parameters else _ALIASES.get(name, name)
+
+
+def called_activation(op: Op) -> Activation | None:
+    """The activation that a call by name is; None for any other operation."""
+    return next((row for row in _activations_by_kind().get(op.kind, ()) if _is_given(row, op)), None)
+
+
+@functools.cache
+def _activations_by_kind() -> dict[str, list[Activation]]:
+    found: dict[str, list[Activation]] = {}
+    for row in ACTIVATIONS.values():
+        if row.called:
+            found.setdefault(row.kind, []).append(row)
+    return found
+
+
+def _is_given(row: Activation, op: Op) -> bool:
+    return all(op[name] == value for name, value in row.given.items())
 
 
 def is_weight_transpose(op: Op | None) -> bool:

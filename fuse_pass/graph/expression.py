@@ -15,8 +15,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from fuse_pass.graph.canonical import Op
+from fuse_pass.graph.canonical import Op, called_activation
 from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.ops.activations import ACTIVATIONS
 
 # An atom is (function name, its constants, its argument); the variable is ("x", (), ()).
 Atom = tuple[str, tuple[float, ...], "Polynomial"]
@@ -185,15 +186,15 @@ def _read_pow(reader: _Reader, op: Op) -> Polynomial:
     return power(reader.read(op["input"]), int(exponent))
 
 
-def _read_function(*parameters: str) -> Callable[[_Reader, Op], Polynomial]:
-    def read(reader: _Reader, op: Op) -> Polynomial:
-        return apply(op.kind, reader.read(op["input"]), *(_number(op[name]) for name in parameters))
-
-    return read
+def _read_function(reader: _Reader, op: Op) -> Polynomial:
+    return apply(op.kind, reader.read(op["input"]))
 
 
-def _read_gelu(reader: _Reader, op: Op) -> Polynomial:
-    return apply("gelu_tanh" if op["approximate"] == "tanh" else "gelu", reader.read(op["input"]))
+def _read_activation(reader: _Reader, op: Op) -> Polynomial:
+    row = called_activation(op)
+    if row is None:
+        raise NotElementwise
+    return apply(row.name, reader.read(op["input"]), *(_number(op[name]) for name in row.constants))
 
 
 def _read_hardsigmoid(reader: _Reader, op: Op) -> Polynomial:
@@ -202,7 +203,9 @@ def _read_hardsigmoid(reader: _Reader, op: Op) -> Polynomial:
     return multiply(constant(1 / 6), clipped)
 
 
+# PReLU has a tensor among its constants.
 _RULES: dict[str, Callable[[_Reader, Op], Polynomial]] = {
+    **{row.kind: _read_activation for row in ACTIVATIONS.values() if row.called and row.name != "prelu"},
     "add": _read_add,
     "sub": _read_sub,
     "mul": lambda reader, op: multiply(reader.read(op["input"]), reader.read(op["other"])),
@@ -214,17 +217,9 @@ _RULES: dict[str, Callable[[_Reader, Op], Polynomial]] = {
     "reshape": lambda reader, op: reader.read(op["input"]),
     "cast": lambda reader, op: reader.read(op["input"]),
     "dropout": lambda reader, op: reader.read(op["input"]),
-    "softplus": _read_function("beta", "threshold"),
-    "leaky_relu": _read_function("negative_slope"),
-    "elu": _read_function("alpha"),
-    "hardtanh": _read_function("min_val", "max_val"),
     "hardsigmoid": _read_hardsigmoid,
     "hardswish": lambda reader, op: multiply(reader.read(op["input"]), _read_hardsigmoid(reader, op)),
-    "gelu": _read_gelu,
-    **{
-        name: _read_function()
-        for name in ("tanh", "erf", "sigmoid", "exp", "log", "log1p", "relu", "selu", "silu", "mish")
-    },
+    **dict.fromkeys(("erf", "exp", "log", "log1p"), _read_function),
 }
 
 

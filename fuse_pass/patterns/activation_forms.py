@@ -1,22 +1,21 @@
 """Which activation an elementwise computation is: called by name, or written out in any algebraically equal way.
 
-To teach it another way of writing, add a plain function to `FORMS`; it is brought into the normal form of the graph's.
+To teach it another way of writing, add a plain function to the row in `ops.activations`; it is brought into the normal
+form of the graph's.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node, symbolic_trace
 
-from fuse_pass.graph.canonical import Op
+from fuse_pass.graph.canonical import Op, called_activation
 from fuse_pass.graph.expression import (
     Expression,
     Polynomial,
@@ -28,45 +27,9 @@ from fuse_pass.graph.expression import (
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_size, value_of
 from fuse_pass.graph.view import GraphView
+from fuse_pass.ops.activations import ACTIVATIONS
 from fuse_pass.report import Reason
 
-FORMS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
-    "gelu": (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),),
-    "gelu_tanh": (lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),),
-    "quick_gelu": (
-        lambda x: x * torch.sigmoid(1.702 * x),
-        lambda x: x / (1 + torch.exp(-1.702 * x)),
-    ),
-    "silu": (
-        lambda x: x * torch.sigmoid(x),
-        lambda x: x / (1 + torch.exp(-x)),
-    ),
-    "mish": (
-        lambda x: x * torch.tanh(F.softplus(x)),
-        lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
-        lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
-    ),
-    "relu_squared": (lambda x: F.relu(x) ** 2,),
-    "hardswish_of_relu6": (lambda x: x * F.relu6(x + 3) / 6,),
-    "hardsigmoid_of_relu6": (lambda x: F.relu6(x + 3) / 6,),
-}
-
-# Activations that the graph calls by name: canonical kind → the constants that go with it.
-_CALLED: dict[str, tuple[str, ...]] = {
-    "relu": (),
-    "leaky_relu": ("negative_slope",),
-    "prelu": (),
-    "elu": ("alpha",),
-    "selu": (),
-    "silu": (),
-    "mish": (),
-    "hardtanh": ("min_val", "max_val"),
-    "hardswish": (),
-    "hardsigmoid": (),
-    "sigmoid": (),
-    "tanh": (),
-    "softplus": ("beta", "threshold"),
-}
 # What the root of every way of writing one out is.
 _LAST_STEPS = ("mul", "div", "add", "sub", "pow", "square")
 
@@ -103,14 +66,12 @@ def _called(view: GraphView, node: Node) -> FoundActivation | None:
         return None
     if op.in_place and not view.owns_its_input(op):
         return None
-    if op.kind == "gelu":
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(op["approximate"])
-        return None if name is None else FoundActivation(name, (), None, op["input"], (node,))
-    if op.kind not in _CALLED:
+    row = called_activation(op)
+    if row is None:
         return None
-    arguments = tuple(op[name] for name in _CALLED[op.kind])
-    weight = op["weight"] if op.kind == "prelu" else None
-    return FoundActivation(op.kind, arguments, weight, op["input"], (node,), _slope_of_another_dimension(op, weight))
+    arguments = tuple(op[name] for name in row.constants)
+    weight = op.arguments.get("weight")
+    return FoundActivation(row.name, arguments, weight, op["input"], (node,), _slope_of_another_dimension(op, weight))
 
 
 def _slope_of_another_dimension(op: Op, weight: Node | None) -> Problem | None:
@@ -159,7 +120,7 @@ def _cast_inside(view: GraphView, expression: Expression) -> Problem | None:
 
 @functools.cache
 def _forms() -> tuple[tuple[str, Polynomial], ...]:
-    return tuple((name, normal_form(function)) for name, functions in FORMS.items() for function in functions)
+    return tuple((row.name, normal_form(form)) for row in ACTIVATIONS.values() for form in row.forms)
 
 
 def normal_form(function: Callable[[Tensor], Tensor]) -> Polynomial:

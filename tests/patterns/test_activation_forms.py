@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fuse_pass.graph.expression import same, same_structure
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.patterns.activation_forms import FORMS, normal_form
+from fuse_pass.patterns.activation_forms import normal_form
 from fuse_pass.report import Reason
 from tests.patterns.truth import assert_agrees, assert_fused_like_eager, eager, fused, leaves
+
+FORMS = {row.name: row.forms for row in ACTIVATIONS.values() if row.forms}
 
 Elementwise = Callable[[Tensor], Tensor]
 ROOT = math.sqrt(2 / math.pi)
