@@ -203,5 +203,5 @@ def number_of_rows(x: Tensor) -> int:
 
 
 dense_act_dense = register("dense_act_dense", DenseActDense, DenseActDenseGradients)
-dense_act_dense_inference = register("dense_act_dense_inference", DenseActDenseInference)
+dense_act_dense_inference = register("dense_act_dense_inference", DenseActDenseInference, inference_of=DenseActDense)
 act_dense = register("act_dense", ActDense, ActDenseGradients)

@@ -103,6 +103,16 @@ class _Arguments:
         """Those of a call, in order."""
         return list(_values(self))
 
+    def given(self) -> list[Any]:
+        """The same without what is left at its default at the end."""
+        values = self.arguments()
+        for argument in reversed(arguments_of(type(self))):
+            default = argument.default
+            if default is MISSING or (tuple(values[-1]) if isinstance(default, tuple) else values[-1]) != default:
+                break
+            values.pop()
+        return values
+
     def named(self) -> dict[str, Any]:
         """Those of a call by their names in the schema."""
         names = (argument.name for argument in arguments_of(type(self)))
@@ -213,17 +223,39 @@ class Gradients(_Arguments):
 
 
 _DECLARATIONS: dict[str, type[FusedOp]] = {}
-_AUTOGRAD: dict[str, _Autograd] = {}
+_OPERATORS: dict[type[FusedOp], private.OpOverload] = {}
+_INFERENCE: dict[type[FusedOp], type[FusedOp]] = {}
+_AUTOGRAD: dict[private.OpOverload, _Autograd] = {}
 
 
 def declaration_of(target: Any) -> type[FusedOp] | None:
     """What an op of ours is declared as; None for anything else that a graph may call."""
-    is_ours = isinstance(target, private.OpOverload) and target.namespace == "fuse_pass"
-    return _DECLARATIONS.get(target._opname) if is_ours else None
+    # By name: a graph may carry a copy of an op, and what users call has not chosen an overload yet.
+    is_op = isinstance(target, (private.OpOverload, private.OpOverloadPacket))
+    return _DECLARATIONS.get(str(target).removesuffix(".default")) if is_op else None
 
 
-def register(name: str, op: type[FusedOp], gradients: type[Gradients] | None = None) -> private.OpOverload:
-    """Makes the op `fuse_pass::name` of its declaration; without `gradients` it has none."""
+def operator_of(op: type[FusedOp], *, inference: bool = False) -> private.OpOverload:
+    """The op that was registered with a declaration, or its variant for inference where it has one."""
+    return _OPERATORS[_INFERENCE.get(op, op) if inference else op]
+
+
+def register(
+    name: str,
+    op: type[FusedOp],
+    gradients: type[Gradients] | None = None,
+    *,
+    inference_of: type[FusedOp] | None = None,
+) -> private.OpOverload:
+    """Makes the op `fuse_pass::name` of its declaration.
+
+    Args:
+        name: in the namespace.
+        op: its arguments, and what it computes.
+        gradients: what is kept for backward; without, the op has no gradient.
+        inference_of: the declaration whose place this one takes where nothing needs a gradient; its first result is
+            that of the other.
+    """
     arguments = ", ".join(map(str, arguments_of(op)))
     results = "Tensor" if len(op.results) == 1 else f"({', '.join(f'Tensor {result}' for result in op.results)})"
 
@@ -236,11 +268,13 @@ def register(name: str, op: type[FusedOp], gradients: type[Gradients] | None = N
     made = define(name, f"({arguments}) -> {results}", body, fake)
     if gradients is not None:
         backward = _register_backward(f"{name}_backward", gradients) if hasattr(gradients, "backward") else None
-        autograd = _AUTOGRAD[name] = _Autograd(op, gradients, backward)
+        autograd = _AUTOGRAD[made] = _Autograd(op, gradients, backward)
         define_autograd(made, autograd.setup_context, autograd.backward)
     for device_type in op.autocast:
         define_autocast(made, device_type, functools.partial(_under_autocast, op, device_type))
-    _DECLARATIONS[name] = op
+    _DECLARATIONS[f"fuse_pass.{name}"], _OPERATORS[op] = op, made
+    if inference_of is not None:
+        _INFERENCE[inference_of] = op
     return made
 
 
@@ -349,7 +383,7 @@ class _Autograd:
 
 def under_transforms(op: private.OpOverload) -> Callable[..., Any]:
     """The op for `torch.func` transforms, which refuse what `torch.library.register_autograd` makes."""
-    autograd = _AUTOGRAD[op._opname]
+    autograd = _AUTOGRAD[op]
 
     class UnderTransforms(torch.autograd.Function):
         generate_vmap_rule = True

@@ -157,4 +157,4 @@ class GatedDenseInference(GatedDense):
 
 
 gated_dense = register("gated_dense", GatedDense, GatedDenseGradients)
-gated_dense_inference = register("gated_dense_inference", GatedDenseInference)
+gated_dense_inference = register("gated_dense_inference", GatedDenseInference, inference_of=GatedDense)

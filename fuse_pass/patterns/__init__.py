@@ -1,5 +1,7 @@
 """The patterns, in the order in which they are applied; to add one, write its file and add it to `PATTERNS`."""
 
+from typing import Any
+
 from fuse_pass.patterns import (
     attention_projections,
     dense,
@@ -9,10 +11,11 @@ from fuse_pass.patterns import (
     gated_dense,
     prepack,
 )
-from fuse_pass.patterns.pattern import Candidate, Pattern, Situation, apply
+from fuse_pass.patterns.pattern import Candidate, NearMiss, Pattern, Situation, apply
 
-PATTERNS: tuple[Pattern, ...] = (gated_dense.PATTERN, dense_act_dense.PATTERN, dropout_norm.PATTERN, dense.PATTERN)
+PATTERNS: tuple[Pattern[Any], ...] = (gated_dense.PATTERN, dense_act_dense.PATTERN, dropout_norm.PATTERN, dense.PATTERN)
 
 __all__ = [
-    "PATTERNS", "Candidate", "Pattern", "Situation", "apply", "attention_projections", "dense", "fake_quant", "prepack",
+    "PATTERNS", "Candidate", "NearMiss", "Pattern", "Situation", "apply", "attention_projections", "dense",
+    "fake_quant", "prepack",
 ]  # fmt: skip

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Node
 
 from fuse_pass.graph.edit import Editor
@@ -26,55 +25,28 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear
 from fuse_pass.inductor import private
-from fuse_pass.ops.dense import pays
+from fuse_pass.ops.dense import Dense, DenseAct, pays
 from fuse_pass.ops.library import is_column_major
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
-from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.patterns.linear_chain import weight_of
+from fuse_pass.patterns.pattern import Candidate, Pattern, insert, tensor
+from fuse_pass.patterns.spellings.dense import CORPUS
 from fuse_pass.report import Reason
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula in eager PyTorch."""
-    return F.linear(x, weight, bias)
+@dataclass(frozen=True, kw_only=True)
+class PlainDense(Candidate[Dense]):
+    layer: Linear
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, *, bias: bool = True, rows: tuple[int, ...] = (20, 30)
-) -> dict[str, Any]:
-    """Large enough for every break-even that was measured."""
-
-    def parameter(*shape: int) -> Tensor:
-        return (torch.randn(*shape, dtype=torch.float64) / math.sqrt(shape[-1])).to(dtype).requires_grad_()
-
-    return {
-        "x": torch.randn(*rows, 96, dtype=torch.float64).to(dtype).requires_grad_(),
-        "weight": parameter(112, 96),
-        "bias": parameter(112) if bias else None,
-    }
-
-
-# Called as f(x, weight, bias); each must be found once where the product pays.
-SPELLINGS: dict[str, Any] = {
-    "linear": F.linear,
-    "inactive dropout": lambda x, w, b: F.linear(F.dropout(x, 0.5, False), w, b),
-    "no bias": lambda x, w, b: F.linear(x, w),
-    "matmul": lambda x, w, b: x @ w.T + b,
-    "matmul, bias first": lambda x, w, b: b + torch.matmul(x, w.mT),
-    "matmul, no bias": lambda x, w, b: x.matmul(w.t()),
-    "matmul, weight stored [in, out]": lambda x, w, b: x @ w.t().contiguous(),
-    "addmm (Conv1D)": lambda x, w, b: torch.addmm(b, x.view(-1, x.size(-1)), w.t().contiguous()),
-    "read twice": lambda x, w, b: (lambda y: y + torch.sin(y))(F.linear(x, w, b)),
-}
-
-
-def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
+def find(view: GraphView, taken: Set[Node]) -> Iterator[PlainDense]:
     for layer in view.linears.values():
         if is_candidate(layer):
             activation = _activation_after(view, layer)
             if activation is not None and is_candidate(layer, act=activation.name):
-                yield _candidate(layer, activation)
+                yield _found(layer, activation)
             else:
-                yield _candidate(layer, None)
+                yield _found(layer, None)
 
 
 def is_candidate(layer: Linear, *, act: str = "") -> bool:
@@ -113,45 +85,37 @@ def _activation_after(view: GraphView, layer: Linear) -> FoundActivation | None:
     return activation if is_known and len(activation.nodes) == 1 else None
 
 
-def _candidate(layer: Linear, activation: FoundActivation | None) -> Candidate:
+def _found(layer: Linear, activation: FoundActivation | None) -> PlainDense:
     anchor = layer.node if activation is None else activation.nodes[0]
     weight = value_of(layer.weight)
     assert weight is not None
     d_out, d_in = weight.shape[::-1] if layer.transposed else weight.shape
-    words = [f"{d_in} → {d_out}"] + ([] if activation is None else [activation.name.replace("_", " ")])
-    return Candidate(
+    given = (tensor(layer.input), tensor(layer.weight), tensor(layer.bias))
+    return PlainDense(
         anchor=anchor,
         nodes=frozenset((*layer.nodes, anchor)),
         outputs=(anchor,),
-        inputs={"x": layer.input, "weight": layer.weight, "bias": layer.bias},
-        constants={
-            "transposed": layer.transposed,
-            "activation": None if activation is None else activation.name,
-            "arguments": () if activation is None else activation.arguments,
-        },
-        variant=", ".join(words),
+        call=Dense(*given) if activation is None else DenseAct(*given, activation.name, list(activation.arguments)),
+        variant=f"{d_in} → {d_out}" + ("" if activation is None else f", {activation.name.replace('_', ' ')}"),
+        layer=layer,
     )
 
 
-def check(view: GraphView, candidate: Candidate) -> Problem | None:
+def check(view: GraphView, candidate: Candidate[Any]) -> Problem | None:
     y = value_of(candidate.anchor)
     if y is None or not same_shape(y.stride(), private.contiguous_strides_of(y.shape)):
         return Problem(Reason.LAYOUT, f"{candidate.anchor.name} is not contiguous", candidate.anchor)
     return None
 
 
-def replace(editor: Editor, candidate: Candidate) -> None:
-    inputs, constants = candidate.inputs, candidate.constants
-    with editor.at(candidate.outputs, candidate.nodes):
-        weight = editor.call("t", inputs["weight"]) if constants["transposed"] else inputs["weight"]
-        arguments = (inputs["x"], weight, inputs["bias"])
-        if constants["activation"] is None:
-            y = editor.call_ours(torch.ops.fuse_pass.dense.default, *arguments)
-        else:
-            activation = (constants["activation"], list(constants["arguments"]))
-            y = editor.call_ours(torch.ops.fuse_pass.dense_act.default, *arguments, *activation)
-    editor.replace(candidate.anchor, y)
-    editor.erase(candidate.nodes)
+def replace(editor: Editor, match: PlainDense) -> None:
+    y_value = value_of(match.anchor)
+    assert y_value is not None
+    with editor.at(match.outputs, match.nodes):
+        call = match.call.replaced({"weight": weight_of(editor, match.layer, flatten=False)})
+        (y,) = insert(editor, call, draws=False, like=y_value)
+    editor.replace(match.anchor, y)
+    editor.erase(match.nodes)
 
 
-PATTERN = Pattern("dense", find, check, replace, reference, SPELLINGS, example_inputs)
+PATTERN = Pattern("dense", find, check, replace, CORPUS)

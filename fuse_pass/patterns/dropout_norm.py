@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -32,111 +31,21 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import is_contiguous, is_permuted_contiguous, same_shape, same_size, value_of
 from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.ops.dropout_norm import DropoutNorm, Settings
 from fuse_pass.patterns.norm_forms import Norm, norms_of
-from fuse_pass.patterns.norm_spellings import WRITTEN_OUT
-from fuse_pass.patterns.pattern import Candidate, Pattern, hidden_in_encoder_layers
-from fuse_pass.patterns.sum_path import MOVING, Path, path_from
+from fuse_pass.patterns.pattern import (
+    Candidate,
+    NearMiss,
+    Pattern,
+    drops,
+    hidden_in_encoder_layers,
+    insert,
+    node_of,
+    tensor,
+)
+from fuse_pass.patterns.spellings.dropout_norm import CORPUS
+from fuse_pass.patterns.sum_path import MOVING, SumPath
 from fuse_pass.report import Reason
-
-
-def reference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    norm: str = "layer_norm",
-    eps: float = 1e-5,
-    keep: Tensor | None = None,
-    p: float = 0.0,
-) -> Tensor:
-    """The formula in eager PyTorch, over the last dimension; `keep` is the dropout mask, shaped like x."""
-    z = x if keep is None else (torch.where(keep, x / (1 - p), 0.0) if p < 1 else torch.zeros_like(x))
-    z = z if residual is None else z + residual
-    shape = (z.shape[-1],)
-    return F.layer_norm(z, shape, weight, bias, eps) if norm == "layer_norm" else F.rms_norm(z, shape, weight, eps)
-
-
-def example_inputs(dtype: torch.dtype = torch.float32, *, rows: tuple[int, ...] = (3, 5)) -> dict[str, Any]:
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
-
-    return {"x": tensor(*rows, 24), "residual": tensor(*rows, 24), "weight": tensor(24), "bias": tensor(24)}
-
-
-def _iadd(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    z = F.dropout(x * 2, 0.25)
-    z += r
-    return F.layer_norm(z, (24,), w, b)
-
-
-def _pre_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    z = r + F.dropout(x, 0.25)
-    return z + F.layer_norm(z, (24,), w, b)
-
-
-def _read_before_norm(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    z = F.dropout(x, 0.25) + r
-    early = torch.tanh(z)
-    return F.layer_norm(z, (24,), w, b) * early
-
-
-def _dropout_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    z = F.dropout(x, 0.25)
-    return F.layer_norm(z, (24,), w, b) * r + z
-
-
-def _reshaped_and_read_again(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Swin: the window attention's rows are put back into a sequence, which is the residual stream."""
-    stream = (r + F.dropout(x, 0.25)).reshape(1, -1, x.shape[-1])
-    return stream, F.layer_norm(stream, (24,), w, b)
-
-
-def _weight_computed_late(keep: Any) -> Any:
-    """Zero-centred weights, `1 + w`, behind a node that keeps the value of the sum and reads it before."""
-
-    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        z: Tensor = keep(F.dropout(x, 0.25) + r)
-        return F.layer_norm(z, (24,), 1.0 + w.to(z.dtype), b) + z
-
-    return function
-
-
-def _written_out(norm: Any) -> Any:
-    return lambda x, r, w, b: norm(F.dropout(x, 0.25) + r, w, b)
-
-
-# Called as f(x, residual, weight, bias); each must be found once.
-SPELLINGS: dict[str, Any] = {
-    "dropout, norm": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25), (24,), w, b),
-    "dropout, add, norm": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,), w, b),
-    "residual first": lambda x, r, w, b: F.layer_norm(r + F.dropout(x, 0.25), (24,), w, b),
-    "torch.add": lambda x, r, w, b: F.layer_norm(torch.add(F.dropout(x, 0.25), r), (24,), w, b),
-    "method add": lambda x, r, w, b: F.layer_norm(r.add(F.dropout(x, 0.25)), (24,), w, b),
-    "iadd": _iadd,
-    "the sum is read again": _pre_norm,
-    "the sum is read before the norm": _read_before_norm,
-    "the dropout is read again": _dropout_read_again,
-    "add, norm": lambda x, r, w, b: F.layer_norm(x + r, (24,), w, b),
-    "inactive dropout": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25, False) + r, (24,), w, b),
-    "inactive dropout after the sum": lambda x, r, w, b: F.layer_norm(F.dropout(x + r, 0.25, False), (24,), w, b),
-    "p = 1": lambda x, r, w, b: F.layer_norm(F.dropout(x, 1.0) + r, (24,), w, b),
-    "torch.layer_norm": lambda x, r, w, b: torch.layer_norm(F.dropout(x, 0.25) + r, (24,), w, b),
-    "no affine": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,)),
-    "no bias": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (24,), w),
-    "two dimensions": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r, (5, 24)),
-    "rms_norm": lambda x, r, w, b: F.rms_norm(F.dropout(x, 0.25) + r, (24,), w, 1e-6),
-    "rms_norm, default eps": lambda x, r, w, b: F.rms_norm(x + r, (24,)),
-    "broadcast residual": lambda x, r, w, b: F.layer_norm(F.dropout(x, 0.25) + r[:1], (24,), w, b),
-    "broadcast operand": lambda x, r, w, b: F.layer_norm(x[0] + r, (24,), w, b),
-    "reshaped": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).view(-1, 24), (24,), w, b),
-    "reshaped and read again": _reshaped_and_read_again,
-    "cast": lambda x, r, w, b: F.layer_norm((F.dropout(x, 0.25) + r).double(), (24,)),
-    "weight computed behind a cast": _weight_computed_late(lambda z: z.to(z.dtype)),
-    "weight computed behind an inactive dropout": _weight_computed_late(lambda z: F.dropout(z, 0.0)),
-    "weight computed behind a view": _weight_computed_late(lambda z: z.contiguous().reshape(-1, 24)),
-    **{name: _written_out(norm) for name, norm in WRITTEN_OUT.items()},
-}
 
 
 @dataclass(frozen=True)
@@ -152,20 +61,33 @@ class _Sum:
     problem: Problem | None = None
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
+@dataclass(frozen=True, kw_only=True)
+class FusedNorm(Candidate[DropoutNorm]):
+    """A norm, the sum that it normalises, and what lies between."""
+
+    norm: Norm
+    sum: Node
+    path: SumPath
+
+    @property
+    def reshapes(self) -> tuple[Node, ...]:
+        return self.path.of_kind("reshape", *MOVING)
+
+
+def find(view: GraphView, taken: Set[Node]) -> Iterator[FusedNorm | NearMiss]:
     for norm in norms_of(view):
         # A norm that nobody reads will vanish; fused, it would keep the sum for a backward pass that never comes.
-        candidate = _ending_in(view, norm, taken) if norm.node.users else None
-        if candidate is not None:
-            yield candidate
+        found = _ending_in(view, norm, taken) if norm.node.users else None
+        if found is not None:
+            yield found
     yield from hidden_in_encoder_layers(view)
 
 
-def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> Candidate | None:
-    path = path_from(view, norm.input)
+def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> FusedNorm | NearMiss | None:
+    path = SumPath(view, norm.input)
     found = _sum_at(view, path.top)
     if found is None:  # an inactive dropout without a sum is itself what the norm is fused with
-        path = path.up_to_dropout(view)
+        path = path.up_to_dropout()
         found = _sum_at(view, path.top)
     if found is None:
         return None
@@ -177,36 +99,55 @@ def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> Candidate | Non
     others = [user for user in found.node.users if user not in vanishing]
     keeps_sum = bool(others) and not stays
     nodes = frozenset((*vanishing, *(() if stays and others else found.nodes)))
-    drops = isinstance(found.p, Node) or found.p != 0
+    draws = drops(found.p)
+    problem = norm.problem or found.problem or path.problem or _problem_of_moves(path, norm, found, drops=draws)
+    if problem is not None:
+        return NearMiss(norm.node, nodes, problem)
     words = [norm.kind.replace("_", " ")]
-    words += [f"dropout {found.p}"] if drops else []
+    words += [f"dropout {found.p}"] if draws else []
     words += ["residual"] if found.residual is not None else []
     words += ["another of one sum"] if is_another else []
     words += ["written out"] if len(norm.nodes) > 1 else []
     words += ["sum read again"] if keeps_sum else []
     words += ["fake-quantised"] if path.quantised is not None else []
-    return Candidate(
+    return FusedNorm(
         anchor=norm.node,
         nodes=nodes,
         outputs=(norm.node, found.node) if keeps_sum else (norm.node,),
-        inputs={
-            "x": found.x, "residual": found.residual, "weight": norm.weight, "bias": norm.bias,
-        },
-        constants={
-            "p": found.p, "drops": drops, "eps": norm.eps, "shape": norm.shape, "norm": norm.kind,
-            "sum": found.node, "normalised": norm.input, "residual_first": found.residual_first,
-            "casts": path.of_kind(view, "cast"), "reshapes": path.of_kind(view, "reshape", *MOVING),
-            "quantised": path.quantised, "sum_format": path.sum_format,
-            "written_out": len(norm.nodes) > 1,
-            "round_normalised": norm.round_normalised,
-        },
+        call=_call(norm, found, path),
         variant=", ".join(words),
-        needs_random_numbers=drops,
-        problem=norm.problem or found.problem or path.problem or _problem_of_moves(path, norm, found, drops=drops),
-    )  # fmt: skip
+        draws=draws,
+        norm=norm,
+        sum=found.node,
+        path=path,
+    )
 
 
-def _problem_of_moves(path: Path, norm: Norm, found: _Sum, *, drops: bool) -> Problem | None:
+def _call(norm: Norm, found: _Sum, path: SumPath) -> DropoutNorm:
+    z, y = value_of(found.node), value_of(norm.node)
+    dtype = None if y is None else y.dtype
+    # A norm that is written out does its own casts: autocast, which knows the name of a norm only, must not add one.
+    is_plain = z is not None and dtype is z.dtype and (len(norm.nodes) == 1 or dtype.itemsize > 2)
+    settings = Settings(
+        seed=None,
+        p=found.p if drops(found.p) else 0.0,
+        eps=_default_eps(dtype) if norm.eps is None else norm.eps,
+        normalized_dims=len(norm.shape) if isinstance(norm.shape, (tuple, list)) else 0,
+        norm=norm.kind,
+        norm_dtype=None if is_plain else dtype,
+        residual_first=found.residual_first,
+        sum_format=path.sum_format,
+        round_normalised=norm.round_normalised,
+    )
+    return DropoutNorm(tensor(found.x), tensor(found.residual), tensor(norm.weight), tensor(norm.bias), settings)
+
+
+def _default_eps(dtype: torch.dtype | None) -> float:
+    """RMSNorm without eps takes the machine epsilon of the dtype that it computes in."""
+    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+
+
+def _problem_of_moves(path: SumPath, norm: Norm, found: _Sum, *, drops: bool) -> Problem | None:
     """Windows are put back into an image between a dropout and its norm (Swin V2): the norm goes before."""
     if not path.moves:
         return None
@@ -266,17 +207,15 @@ def _same_shape_as(a: Node, b: Node) -> bool:
     return x is not None and y is not None and same_shape(x.shape, y.shape)
 
 
-def check(view: GraphView, candidate: Candidate) -> Problem | None:
-    constants, anchor = candidate.constants, candidate.anchor
-    x: Node = candidate.inputs["x"]  # type: ignore[assignment]  # every spelling has one
-    z: Node = constants["sum"]
+def check(view: GraphView, found: FusedNorm) -> Problem | None:
+    anchor, x, z = found.anchor, node_of(found.call.x), found.sum
     if not _same_shape_as(x, z):
         return Problem(Reason.BROADCAST, f"{x.name} is smaller than the sum {z.name}", x)
-    shape, value = constants["shape"], value_of(z)
+    shape, value = found.norm.shape, value_of(z)
     assert value is not None
     if not isinstance(shape, (tuple, list, torch.Size)) or not 0 < len(shape) <= value.dim():
         return Problem(Reason.CONSTANTS, f"normalized_shape is {shape}, expected a tuple of sizes", anchor)
-    for reshape in constants["reshapes"]:
+    for reshape in found.reshapes:
         reshaped = value_of(reshape)
         if reshaped is None or not same_shape(reshaped.shape[-len(shape) :], value.shape[-len(shape) :]):
             return Problem(Reason.LAYOUT, f"{reshape.name} changes the normalised dimensions", reshape)
@@ -287,68 +226,52 @@ def check(view: GraphView, candidate: Candidate) -> Problem | None:
     assert result is not None
     if not is_permuted_contiguous(result):
         return Problem(Reason.LAYOUT, f"{anchor.name} has strides {result.stride()}, which leave gaps", anchor)
-    return _check_dtypes(candidate, value) or written_later(view, anchor, z)
+    return _check_dtypes(found, value) or written_later(view, anchor, z)
 
 
-def _check_dtypes(candidate: Candidate, z: Tensor) -> Problem | None:
+def _check_dtypes(found: FusedNorm, z: Tensor) -> Problem | None:
     """The sum must be promoted as PyTorch does, and cast at most once on the way to the result."""
-    operands = [value_of(candidate.inputs[name]) for name in ("x", "residual") if candidate.inputs[name] is not None]
-    dtype = operands[0].dtype  # type: ignore[union-attr]
-    for operand in operands[1:]:
-        dtype = torch.promote_types(dtype, operand.dtype)  # type: ignore[union-attr]
+    x, residual = value_of(found.call.x), value_of(found.call.residual)
+    assert x is not None
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if dtype is not z.dtype:
-        return Problem(Reason.DTYPES, f"the sum of {dtype} operands is {z.dtype}", candidate.constants["sum"])
-    quantised = value_of(candidate.constants["quantised"])
-    if quantised is not None and quantised.dtype is not z.dtype:
-        detail = f"{z.dtype} is quantised as {quantised.dtype}"
-        return Problem(Reason.DTYPES, detail, candidate.constants["quantised"])
+        return Problem(Reason.DTYPES, f"the sum of {dtype} operands is {z.dtype}", found.sum)
+    quantised = value_of(found.path.quantised)
+    if found.path.quantised is not None and quantised is not None and quantised.dtype is not z.dtype:
+        return Problem(Reason.DTYPES, f"{z.dtype} is quantised as {quantised.dtype}", found.path.quantised)
     # One cast is taken over by the op; of several, those before the last may round.
     changes, dtype = [], z.dtype
-    for cast in candidate.constants["casts"]:
+    for cast in found.path.of_kind("cast"):
         value = value_of(cast)
         if value is None or value.dtype is not dtype:
             changes.append(cast)
             dtype = dtype if value is None else value.dtype
     if len(changes) > 1:
         return Problem(Reason.DTYPES, f"{changes[0].name} and {changes[-1].name} cast one after the other", changes[0])
-    normalised, result = value_of(candidate.constants["normalised"]), value_of(candidate.anchor)
+    normalised, result = value_of(found.norm.input), value_of(found.anchor)
     if normalised is not None and result is not None and normalised.dtype not in (z.dtype, result.dtype):
-        return Problem(
-            Reason.DTYPES, f"{z.dtype} → {normalised.dtype} → {result.dtype} before the norm", candidate.anchor
-        )
+        detail = f"{z.dtype} → {normalised.dtype} → {result.dtype} before the norm"
+        return Problem(Reason.DTYPES, detail, found.anchor)
     return None
 
 
-def replace(editor: Editor, candidate: Candidate) -> None:
-    inputs, constants = candidate.inputs, candidate.constants
-    x, residual, z = inputs["x"], inputs["residual"], constants["sum"]
-    z_value, y_value = value_of(z), value_of(candidate.anchor)
+def replace(editor: Editor, found: FusedNorm) -> None:
+    call, z_value = found.call, value_of(found.sum)
     assert z_value is not None
-    assert y_value is not None
-    # A norm that is written out does its own casts: autocast, which knows the name of a norm only, must not add one.
-    is_plain = y_value.dtype is z_value.dtype and (not constants["written_out"] or z_value.dtype.itemsize > 2)
-    norm_dtype = None if is_plain else y_value.dtype
-    with editor.at(candidate.outputs, candidate.nodes, inputs.values()):
-        if residual is not None and not _same_shape_as(residual, z):
-            residual = editor.call("expand_as", residual, x)
-        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, device=z_value.device) if constants["drops"] else None
-        p = constants["p"] if constants["drops"] else 0.0
-        eps = _default_eps(y_value.dtype) if constants["eps"] is None else constants["eps"]
-        parameters = [_parameter(editor, inputs[name], constants["shape"]) for name in ("weight", "bias")]
-        special = (constants["sum_format"], constants["round_normalised"])
-        call = editor.call_ours(
-            torch.ops.fuse_pass.dropout_norm.default, x, residual, *parameters, seed, p, eps,
-            len(constants["shape"]), constants["norm"], norm_dtype, constants["residual_first"],
-            *(special if any(special) else ()),
-        )  # fmt: skip
-        outputs = [editor.item(call, i) for i in range(len(candidate.outputs))]
-    with editor.at((candidate.anchor,), (candidate.anchor,)):  # the sizes of a reshape may be computed late
-        for reshape in constants["reshapes"]:
-            outputs[0] = editor.call(reshape.target, outputs[0], *reshape.args[1:], **reshape.kwargs)
-        outputs[0] = editor.laid_out_as(candidate.anchor, outputs[0])
-    for old, new in zip(candidate.outputs, outputs, strict=True):
-        editor.replace(old, new)
-    editor.erase(candidate.nodes)
+    x, residual, weight, bias = (node_of(value) for value in (call.x, call.residual, call.weight, call.bias))
+    with editor.at(found.outputs, found.nodes, (x, residual, weight, bias)):
+        new = {name: _parameter(editor, node, found.norm.shape) for name, node in (("weight", weight), ("bias", bias))}
+        if residual is not None and not _same_shape_as(residual, found.sum):
+            new["residual"] = editor.call("expand_as", residual, x)
+        call = call.replaced(new)
+        results = insert(editor, call, draws=found.draws, like=z_value, results=len(found.outputs))
+    with editor.at((found.anchor,), (found.anchor,)):  # the sizes of a reshape may be computed late
+        for reshape in found.reshapes:
+            results[0] = editor.call(reshape.target, results[0], *reshape.args[1:], **reshape.kwargs)
+        results[0] = editor.laid_out_as(found.anchor, results[0])
+    for old, result in zip(found.outputs, results, strict=True):
+        editor.replace(old, result)
+    editor.erase(found.nodes)
 
 
 def _parameter(editor: Editor, parameter: Node | None, shape: Sequence[int]) -> Node | None:
@@ -358,9 +281,4 @@ def _parameter(editor: Editor, parameter: Node | None, shape: Sequence[int]) -> 
     return editor.call("squeeze", parameter, tuple(range(extra))) if extra else parameter
 
 
-def _default_eps(dtype: torch.dtype) -> float:
-    """RMSNorm without eps takes the machine epsilon of the dtype that it computes in."""
-    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
-
-
-PATTERN = Pattern("dropout_norm", find, check, replace, reference, SPELLINGS, example_inputs)
+PATTERN = Pattern("dropout_norm", find, check, replace, CORPUS)

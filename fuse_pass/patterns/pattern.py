@@ -1,13 +1,20 @@
-"""What a pattern is, and how any pattern is applied to a graph."""
+"""What a pattern is, and how any pattern is applied to a graph.
+
+A pattern looks for matches (`find`), says what else must hold (`check`), and puts the call of one op in the place of a
+match (`replace`). A match holds that call already, as the declaration of the op with nodes of the graph in the place of
+tensors. What all patterns have in common is here: what is safe, which op it is, where its random numbers come from.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from fuse_pass.graph.canonical import Operations
@@ -15,6 +22,8 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, find_problem
 from fuse_pass.graph.shapes import value_of
 from fuse_pass.graph.view import GraphView
+from fuse_pass.ops.fused_op import FusedOp, operator_of
+from fuse_pass.patterns.spellings import Corpus
 from fuse_pass.report import Decline, Match, Reason, Report
 
 
@@ -33,77 +42,119 @@ class Situation:
     autocast: tuple[tuple[Any, ...], ...] = ()
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One place in a graph that looks like the pattern.
+Call = TypeVar("Call", bound=FusedOp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Generic[Call]):
+    """A match: one place in a graph where an op of ours may stand.
 
     Attributes:
         anchor: the last node.
         nodes: every node that a replacement removes.
         outputs: those of them whose values the replacement provides (the anchor first).
-        inputs: the tensors that it reads, by name; None where the spelling has none.
-        constants: everything else that it takes from the match.
+        call: the op with nodes in the place of tensors, and of numbers that the graph computes; its seed is drawn when
+            it is inserted, its weights are as the graph has them.
         variant: a few words for the report.
-        needs_random_numbers: whether it draws a dropout mask.
-        problem: what the search itself found to be wrong.
+        draws: whether it draws a dropout mask.
     """
 
     anchor: Node
     nodes: frozenset[Node]
     outputs: tuple[Node, ...]
-    inputs: Mapping[str, Node | None]
-    constants: Mapping[str, Any]
+    call: Call
     variant: str
-    needs_random_numbers: bool = False
-    problem: Problem | None = None
+    draws: bool = False
 
 
 @dataclass(frozen=True)
-class Pattern:
+class NearMiss:
+    """A place that looks like the pattern, and what the search itself found to be wrong there."""
+
+    anchor: Node
+    nodes: frozenset[Node]
+    problem: Problem
+
+
+Found = TypeVar("Found", bound=Candidate[Any])
+
+
+@dataclass(frozen=True)
+class Pattern(Generic[Found]):
     """One fusion, declared in a room of its own.
 
     Attributes:
         name: public name.
-        find: yields candidates, near misses included, in graph order; told the nodes of the matches accepted so far.
+        find: yields matches and near misses in graph order; told the nodes of the matches accepted so far.
         check: what else must hold, beyond `find_problem`.
-        replace: puts one fused op in place of a candidate.
-        reference: the same mathematics in eager PyTorch, for tests.
-        spellings: functions with the arguments of `reference` that must all be found.
-        example_inputs: arguments for `reference`; no two sizes are equal.
+        replace: puts one fused op in place of a match.
+        corpus: the pattern as models write it.
     """
 
     name: str
-    find: Callable[[GraphView, Set[Node]], Iterator[Candidate]]
-    check: Callable[[GraphView, Candidate], Problem | None]
-    replace: Callable[[Editor, Candidate], None]
-    reference: Callable[..., Any]
-    spellings: Mapping[str, Callable[..., Any]]
-    example_inputs: Callable[..., dict[str, Any]] = field(repr=False)
+    find: Callable[[GraphView, Set[Node]], Iterator[Found | NearMiss]]
+    check: Callable[[GraphView, Found], Problem | None]
+    replace: Callable[[Editor, Found], None]
+    corpus: Corpus = field(repr=False)
 
 
-def hidden_in_encoder_layers(view: GraphView) -> Iterator[Candidate]:
+def tensor(node: Node | None) -> Any:
+    """A node in the place of the tensor that it computes, where the declaration of an op wants one."""
+    return node
+
+
+def node_of(value: Tensor | None) -> Any:
+    """The node that stands in the place of a tensor in the call of a match."""
+    return value
+
+
+def drops(p: Any) -> bool:
+    """Whether a dropout does anything; one whose p is known at run time only may."""
+    return bool(p) if isinstance(p, (int, float)) else True
+
+
+def insert(editor: Editor, call: FusedOp, *, draws: bool, like: Tensor, results: int = 1) -> list[Node]:
+    """Adds the call of an op where the editor stands: for training or inference, with a seed of its own.
+
+    Args:
+        editor: writes the graph.
+        call: the op with nodes in the place of tensors.
+        draws: whether it needs a seed.
+        like: the value that it replaces.
+        results: how many of its results are wanted.
+    """
+    if draws:
+        seed = editor.call_ours(torch.ops.fuse_pass.seed.default, device=like.device)
+        call = call.replaced({"seed": seed})
+    op = operator_of(type(call), inference=not like.requires_grad)
+    node = editor.call_ours(op, *call.given())
+    is_one = not isinstance(node.meta["example_value"], (tuple, list))
+    return [node] if is_one else [editor.item(node, i) for i in range(results)]
+
+
+def hidden_in_encoder_layers(view: GraphView) -> Iterator[NearMiss]:
     """PyTorch's fast path runs a whole `nn.TransformerEncoderLayer` in one call; its patterns are near misses."""
     for node in view.nodes:
         if view.kind(node) == "encoder_layer":
             detail = "nn.TransformerEncoderLayer runs as one call; fuse_pass.compile switches this fast path off"
-            problem = Problem(Reason.OPAQUE, detail, node)
-            yield Candidate(node, frozenset((node,)), (), {}, {}, "encoder layer", problem=problem)
+            yield NearMiss(node, frozenset((node,)), Problem(Reason.OPAQUE, detail, node))
 
 
-def apply(pattern: Pattern, graph: Graph, situation: Situation, operations: Operations | None = None) -> Report:
+def apply(pattern: Pattern[Any], graph: Graph, situation: Situation, operations: Operations | None = None) -> Report:
     """Replaces every safe occurrence of a pattern in one graph, in place; near misses are declined with a reason."""
     view = GraphView(graph, situation.autocast, operations)
     report = Report()
-    accepted: list[Candidate] = []
+    accepted: list[Candidate[Any]] = []
     taken: set[Node] = set()
-    for candidate in pattern.find(view, taken):
-        problem = _problem(pattern, view, candidate, situation, taken)
-        if problem is None:
-            accepted.append(candidate)
-            taken |= candidate.nodes
-            report.matches.append(_match(pattern, candidate))
-        else:
-            report.declines.append(decline_of(pattern.name, candidate.nodes, candidate.anchor, problem))
+    for found in pattern.find(view, taken):
+        match: Candidate[Any] | None = None if isinstance(found, NearMiss) else found
+        problem = found.problem if match is None else _problem(pattern, view, match, situation, taken)
+        if problem is not None:
+            report.declines.append(decline_of(pattern.name, found.nodes, found.anchor, problem))
+        elif match is not None:
+            accepted.append(match)
+            taken |= match.nodes
+            report.matches.append(_match(pattern, match))
     editor = Editor(view)
     for candidate in accepted:
         pattern.replace(editor, candidate)
@@ -111,23 +162,22 @@ def apply(pattern: Pattern, graph: Graph, situation: Situation, operations: Oper
 
 
 def _problem(
-    pattern: Pattern, view: GraphView, candidate: Candidate, situation: Situation, taken: set[Node]
+    pattern: Pattern[Any], view: GraphView, candidate: Candidate[Any], situation: Situation, taken: set[Node]
 ) -> Problem | None:
-    if candidate.problem is not None:
-        return candidate.problem
     for node in candidate.nodes & taken:
         return Problem(Reason.OVERLAP, f"{node.name} is already fused", node)
     if situation.body_of is not None:
         return Problem(Reason.HIGHER_ORDER, f"the body of {situation.body_of} is left alone", candidate.anchor)
-    if candidate.needs_random_numbers and not situation.own_random_numbers:
+    if candidate.draws and not situation.own_random_numbers:
         detail = "fallback_random or align_random_eager asks for eager's random numbers"
         return Problem(Reason.FALLBACK_RANDOM, detail, candidate.anchor)
-    inputs = [node for node in candidate.inputs.values() if node is not None]
-    scalars = [value for value in candidate.constants.values() if isinstance(value, Node) and value_of(value) is None]
+    read = [value for value in candidate.call.arguments() if isinstance(value, Node)]
+    inputs = [node for node in read if value_of(node) is not None]
+    scalars = [node for node in read if value_of(node) is None]
     return find_problem(view, candidate.nodes, candidate.outputs, inputs, scalars) or pattern.check(view, candidate)
 
 
-def _match(pattern: Pattern, candidate: Candidate) -> Match:
+def _match(pattern: Pattern[Any], candidate: Candidate[Any]) -> Match:
     return Match(
         pattern.name,
         candidate.variant,

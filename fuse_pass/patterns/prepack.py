@@ -23,31 +23,38 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView
-from fuse_pass.ops.dense import prepacking_pays
-from fuse_pass.ops.fused_op import Role, arguments_of, declaration_of
+from fuse_pass.ops.dense import Dense, prepacking_pays
+from fuse_pass.ops.fused_op import FusedOp, Role, arguments_of, declaration_of
+from fuse_pass.ops.prepacked import DensePrepacked
 from fuse_pass.patterns import dense
-from fuse_pass.patterns.pattern import Candidate, Pattern
+from fuse_pass.patterns.pattern import Candidate, Pattern, insert, tensor
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate]:
+def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate[FusedOp]]:
     for node in view.nodes:
         y = value_of(node)
-        if y is None or y.requires_grad:
-            continue
-        op, layer = declaration_of(node.target), view.linears.get(node)
-        if op is not None:
-            weights = op.of_call(node.args, node.kwargs).of_role(Role.WEIGHT)
-        else:
-            weights = [layer.weight] if layer is not None and not layer.transposed and layer.nodes == (node,) else []
-        packed = [weight for weight in weights if isinstance(weight, Node) and _may_be_kept(view, weight, y)]
-        if packed and len(packed) == len(weights):
-            yield _candidate(view, node, packed)
+        call = None if y is None or y.requires_grad else _call_at(view, node)
+        weights = [] if call is None else call.of_role(Role.WEIGHT)
+        if call is not None and weights and all(_may_be_kept(view, weight, y) for weight in weights):
+            yield _found(node, call, weights)
 
 
-def _may_be_kept(view: GraphView, weight: Node, y: torch.Tensor) -> bool:
+def _call_at(view: GraphView, node: Node) -> FusedOp | None:
+    """What a node is as an op of ours: as one that it is already, or as the Linear that no other pattern took."""
+    op, layer = declaration_of(node.target), view.linears.get(node)
+    if op is not None:
+        return op.of_call(node.args, node.kwargs)
+    if layer is None or layer.transposed or layer.nodes != (node,):
+        return None
+    return Dense(tensor(layer.input), tensor(layer.weight), tensor(layer.bias))
+
+
+def _may_be_kept(view: GraphView, weight: Any, y: torch.Tensor | None) -> bool:
     value = value_of(weight)
     return (
-        weight.op in ("placeholder", "get_attr")
+        y is not None
+        and isinstance(weight, Node)
+        and weight.op in ("placeholder", "get_attr")
         and isinstance(value, torch.nn.Parameter)
         and is_plain(value)
         and value.dtype is y.dtype
@@ -57,44 +64,33 @@ def _may_be_kept(view: GraphView, weight: Node, y: torch.Tensor) -> bool:
     )
 
 
-def _candidate(view: GraphView, node: Node, weights: list[Node]) -> Candidate:
-    layer = view.linears.get(node)
-    if layer is not None:
-        arguments: tuple[Any, ...] = (layer.input, layer.weight, layer.bias)
-    else:
-        arguments = node.args
+def _found(node: Node, call: FusedOp, weights: list[Node]) -> Candidate[FusedOp]:
     sizes = [value.shape for weight in weights if (value := value_of(weight)) is not None]
     return Candidate(
         anchor=node,
         nodes=frozenset((node,)),
         outputs=(node,),
-        inputs={f"input{i}": argument for i, argument in enumerate(arguments) if isinstance(argument, Node)},
-        constants={"arguments": arguments},
+        call=call.replaced({"prepack": True}) if _packs_itself(call) else DensePrepacked(*call.arguments()),
         variant=", ".join(f"{d_in} → {d_out}" for d_out, d_in in sizes),
     )
 
 
-def check(view: GraphView, candidate: Candidate) -> Problem | None:
-    return None if _packs_itself(candidate.anchor) else dense.check(view, candidate)
-
-
-def _packs_itself(node: Node) -> bool:
+def _packs_itself(call: FusedOp) -> bool:
     """Whether an op of ours has that as a setting; others are one product."""
-    op = declaration_of(node.target)
-    return op is not None and any(argument.name == "prepack" for argument in arguments_of(op))
+    return any(argument.name == "prepack" for argument in arguments_of(type(call)))
 
 
-def replace(editor: Editor, candidate: Candidate) -> None:
-    node, arguments = candidate.anchor, candidate.constants["arguments"]
+def check(view: GraphView, candidate: Candidate[FusedOp]) -> Problem | None:
+    return None if _packs_itself(candidate.call) else dense.check(view, candidate)
+
+
+def replace(editor: Editor, candidate: Candidate[FusedOp]) -> None:
+    y_value = value_of(candidate.anchor)
+    assert y_value is not None
     with editor.at(candidate.outputs, candidate.nodes):
-        if _packs_itself(node):
-            y = editor.call(node.target, *arguments, prepack=True)  # type: ignore[arg-type]
-        else:
-            y = editor.call(torch.ops.fuse_pass.dense_prepacked.default, *arguments)
-    editor.replace(node, y)
+        (y,) = insert(editor, candidate.call, draws=False, like=y_value)
+    editor.replace(candidate.anchor, y)
     editor.erase(candidate.nodes)
 
 
-PATTERN = Pattern(
-    "prepack", find, check, replace, dense.reference, {"linear": dense.SPELLINGS["linear"]}, dense.example_inputs
-)
+PATTERN = Pattern("prepack", find, check, replace, dense.PATTERN.corpus)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
@@ -20,9 +20,12 @@ from fuse_pass.ops.straight_through import StraightThrough
 from fuse_pass.report import Reason
 
 
-@dataclass
-class Path:
+class SumPath:
     """What lies between a norm and the value that it is fused with.
+
+    Args:
+        view: the graph.
+        start: what the norm reads.
 
     Attributes:
         top: that value.
@@ -30,32 +33,67 @@ class Path:
         moves: those of them that put rows in another place.
         quantised: the fake quantisation, if there is one.
         sum_format: its settings as `ops.packed_format` has them; empty where there is none.
-        problem: what stands in the way.
+        problem: the first thing that stands in the way.
     """
 
-    top: Any
-    nodes: list[Node] = field(default_factory=list)
-    moves: list[Node] = field(default_factory=list)
-    quantised: Node | None = None
-    sum_format: list[int] = field(default_factory=list)
-    problem: Problem | None = None
+    def __init__(self, view: GraphView, start: Any) -> None:
+        self.top = start
+        self.nodes: list[Node] = []
+        self.moves: list[Node] = []
+        self.quantised: Node | None = None
+        self.sum_format: list[int] = []
+        self.problem: Problem | None = None
+        self._view = view
+        while isinstance(self.top, Node) and self._pass(self.top):
+            pass
 
-    def of_kind(self, view: GraphView, *kinds: str) -> tuple[Node, ...]:
+    def _pass(self, node: Node) -> bool:
+        """One step up, if the node is none that a norm is fused with."""
+        op = self._view.op(node)
+        if op is None:
+            return self._pass_quantization(node)
+        in_the_way = op.kind == "dropout" and (is_active_dropout(op) or op.in_place)
+        in_the_way = in_the_way or (op.kind in MOVING and value_of(op["input"]) is None)  # a part of a tuple
+        if op.kind not in _PASSED or in_the_way or not node.args:
+            return False
+        if op.kind in MOVING:
+            self.problem = self.problem or _problem_of_move(op)
+            self.moves += [] if op.kind == "getitem" else [node]
+        self.nodes.append(node)
+        self.top = node.args[0]
+        return True
+
+    def _pass_quantization(self, node: Node) -> bool:
+        op = declaration_of(node.target)
+        if op not in (FakeQuantize, FakeQuantizeInt, StraightThrough) or self.quantised is not None:
+            return False
+        call: Any = op.of_call(node.args, node.kwargs)
+        if op is FakeQuantize and call.seed is None and not call.clip_grad:
+            self.sum_format = pack(call.how)
+        else:
+            detail = f"{node.name} rounds at random, by a scale of its own or with clipped gradients"
+            self.problem = Problem(Reason.QUANTIZATION, detail, node)
+        self.nodes.append(node)
+        self.quantised, self.top = node, call.x
+        return True
+
+    def of_kind(self, *kinds: str) -> tuple[Node, ...]:
         """The nodes of some kinds in graph order."""
-        return tuple(node for node in reversed(self.nodes) if view.kind(node) in kinds)
+        return tuple(node for node in reversed(self.nodes) if self._view.kind(node) in kinds)
 
-    def up_to_dropout(self, view: GraphView) -> Path:
+    def up_to_dropout(self) -> SumPath:
         """The path up to its first inactive dropout, for where there is no sum above it."""
-        for i, node in enumerate(self.nodes):
-            if view.kind(node) == "dropout":
-                path = Path(node, self.nodes[:i])
-                path.moves = [move for move in self.moves if move in path.nodes]
-                if self.quantised in path.nodes:
-                    path.quantised, path.sum_format = self.quantised, self.sum_format
-                if self.problem is not None and self.problem.node in path.nodes:
-                    path.problem = self.problem
-                return path
-        return self
+        dropout = next((node for node in self.nodes if self._view.kind(node) == "dropout"), None)
+        if dropout is None:
+            return self
+        path = copy.copy(self)
+        path.top, path.nodes = dropout, self.nodes[: self.nodes.index(dropout)]
+        path.moves = [move for move in self.moves if move in path.nodes]
+        if self.quantised not in path.nodes:
+            path.quantised, path.sum_format = None, []
+        if self.problem is not None and self.problem.node not in path.nodes:
+            path.problem = None
+        return path
 
     def read_only_by(self, norm: Iterable[Node]) -> list[Node]:
         """The part that only leads to the norm; what others read stays, and so does everything above it."""
@@ -66,27 +104,6 @@ class Path:
             vanishing.append(node)
             readers = {node}
         return vanishing
-
-
-def path_from(view: GraphView, node: Any) -> Path:
-    """Walks up from the input of a norm."""
-    path = Path(node)
-    while isinstance(path.top, Node):
-        op = view.op(path.top)
-        if op is None:
-            if not _enter_quantisation(path):
-                break
-            continue
-        in_the_way = op.kind == "dropout" and (is_active_dropout(op) or op.in_place)
-        in_the_way = in_the_way or (op.kind in MOVING and value_of(op["input"]) is None)  # a part of a tuple
-        if op.kind not in _PASSED or in_the_way or not path.top.args:
-            break
-        if op.kind in MOVING:
-            path.problem = path.problem or _problem_of_move(op)
-            path.moves += [] if op.kind == "getitem" else [path.top]
-        path.nodes.append(path.top)
-        path.top = path.top.args[0]
-    return path
 
 
 MOVING = ("permute", "transpose", "roll", "getitem")
@@ -135,19 +152,3 @@ def _moved_dimensions(op: Op, rank: int) -> set[int] | None:
         return None if order is None else {i for i, dim in enumerate(order) if dim != i}
     dims = op["dims"] if isinstance(op["dims"], (tuple, list)) else (op["dims"],)
     return {dim % rank for dim in dims} if all(isinstance(dim, int) for dim in dims) else None
-
-
-def _enter_quantisation(path: Path) -> bool:
-    node: Node = path.top
-    op = declaration_of(node.target)
-    if op not in (FakeQuantize, FakeQuantizeInt, StraightThrough) or path.quantised is not None:
-        return False
-    call: Any = op.of_call(node.args, node.kwargs)
-    if op is FakeQuantize and call.seed is None and not call.clip_grad:
-        path.sum_format = pack(call.how)
-    else:
-        detail = f"{node.name} rounds at random, by a scale of its own or with clipped gradients"
-        path.problem = Problem(Reason.QUANTIZATION, detail, node)
-    path.nodes.append(node)
-    path.quantised, path.top = node, call.x
-    return True

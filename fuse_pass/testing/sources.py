@@ -52,13 +52,13 @@ def spellings() -> tuple[Spelling, ...]:
     return tuple(
         spelling
         for pattern in PATTERNS
-        for name, function in pattern.spellings.items()
+        for name, function in pattern.corpus.spellings.items()
         if (spelling := _described(pattern, name, function)) is not None
     )
 
 
-def _described(pattern: Pattern, name: str, function: Callable[..., Any]) -> Spelling | None:
-    inputs = pattern.example_inputs(rows=ROWS)
+def _described(pattern: Pattern[Any], name: str, function: Callable[..., Any]) -> Spelling | None:
+    inputs = pattern.corpus.example_inputs(rows=ROWS)
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
     if any(value is not None and key not in tensors for key, value in inputs.items()):
         return None
@@ -79,17 +79,17 @@ def _described(pattern: Pattern, name: str, function: Callable[..., Any]) -> Spe
     )
 
 
-def _factory(pattern: Pattern, function: Callable[..., Any], name: str) -> str:
+def _factory(pattern: Pattern[Any], function: Callable[..., Any], name: str) -> str:
     """The body of a function that returns the spelling, with all that its text refers to."""
-    # A spelling that is a function of PyTorch stands in the pattern's own module.
-    ours = function if function.__module__.startswith("fuse_pass.") else pattern.find
+    # A spelling that is a function of PyTorch stands in the corpus's own module.
+    ours = function if function.__module__.startswith("fuse_pass.") else pattern.corpus.reference
     source = inspect.getsource(sys.modules[ours.__module__])
     tree = ast.parse(source)
     expression = _entry(tree, name)
     if expression is None:
         return (
             "from fuse_pass.patterns import PATTERNS\n"
-            f"return next(p for p in PATTERNS if p.name == {pattern.name!r}).spellings[{name!r}]"
+            f"return next(p for p in PATTERNS if p.name == {pattern.name!r}).corpus.spellings[{name!r}]"
         )
     definitions = {defined: statement for statement in tree.body for defined in _defined_by(statement)}
     needed = sorted(_needed(expression, definitions), key=lambda statement: statement.lineno)

@@ -13,9 +13,12 @@ from torch import Tensor
 from fuse_pass.inductor import compat, gemm, onednn
 from fuse_pass.ops import dense
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.patterns.dense import example_inputs
+from fuse_pass.ops.library import gradient_like
+from fuse_pass.patterns import spellings
 from tests.ops.gradients import ROWS, assert_gradients_exact, run
 from tests.precision import assert_as_exact_as_eager
+
+example_inputs = spellings.dense.CORPUS.example_inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.processor
@@ -348,5 +351,5 @@ def test_the_gradient_has_the_layout_of_the_weight() -> None:
     for weight in (torch.empty(6, 8), torch.empty(8, 6).t(), torch.empty(6, 1), torch.empty(1, 8).t()):
         x_here, grad_here = x[:, : weight.shape[1]], grad[:, :1].expand(5, weight.shape[0])
         gradient = dense.weight_gradient(grad_here, x_here, weight)
-        assert gradient.stride() == weight.stride() == dense.gradient_like(weight).stride()
+        assert gradient.stride() == weight.stride() == gradient_like(weight).stride()
         torch.testing.assert_close(gradient, grad_here.t() @ x_here)

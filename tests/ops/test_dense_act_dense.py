@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from fuse_pass.ops import rng
 from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.patterns.dense_act_dense import example_inputs, reference
+from fuse_pass.patterns.spellings.dense_act_dense import CORPUS
 from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
+
+example_inputs, reference = CORPUS.example_inputs, CORPUS.reference
 
 ops = torch.ops.fuse_pass
 SEED, P = 0x1234_5678_9ABC_DEF0, 0.3

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuse_pass.ops import rng
-from fuse_pass.patterns.dropout_norm import example_inputs, reference
+from fuse_pass.patterns.spellings.dropout_norm import CORPUS
 from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
+
+example_inputs, reference = CORPUS.example_inputs, CORPUS.reference
 
 ops = torch.ops.fuse_pass
 SEED, P, EPS = 0x1234_5678_9ABC_DEF0, 0.3, 1e-5

@@ -13,9 +13,11 @@ from torch._inductor.utils import run_and_get_code
 
 from fuse_pass import fuse_backend
 from fuse_pass.ops import rng
-from fuse_pass.patterns.dropout_norm import reference
+from fuse_pass.patterns import spellings
 from tests.ops.gradients import run, wide
 from tests.precision import assert_as_exact_as_eager
+
+reference = spellings.dropout_norm.CORPUS.reference
 
 SEED, P, EPS = 0x1234_5678_9ABC_DEF0, 0.3, 1e-5
 

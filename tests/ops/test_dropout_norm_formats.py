@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fuse_pass.ops.packed_format import straight_through_packed
-from fuse_pass.patterns.dropout_norm import example_inputs
+from fuse_pass.patterns import spellings
 from tests.packed import packed_format
+
+example_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 ops = torch.ops.fuse_pass
 FORMATS = {

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.patterns.dense_act_dense import example_inputs as dense_inputs
-from fuse_pass.patterns.dropout_norm import example_inputs as norm_inputs
+from fuse_pass.patterns import spellings
 from tests.capture import Captured
 from tests.patterns.truth import assert_agrees, assert_fused_like_eager, eager, fused
+
+dense_inputs = spellings.dense_act_dense.CORPUS.example_inputs
+norm_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 ACTIVATIONS: dict[str, Any] = {
     "GELU": nn.GELU(),

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.patterns.dense_act_dense import example_inputs as dense_inputs
-from fuse_pass.patterns.dropout_norm import example_inputs as norm_inputs
+from fuse_pass.patterns import spellings
 from fuse_pass.report import Reason
 from tests.capture import capture
 from tests.patterns.truth import assert_blames, assert_declines, assert_fused_like_eager
+
+dense_inputs = spellings.dense_act_dense.CORPUS.example_inputs
+norm_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 LINEAR, GELU = F.linear, F.gelu
 

@@ -13,11 +13,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fuse_pass.backend import FuseBackend
 from fuse_pass.inductor import compat
-from fuse_pass.patterns.dense_act_dense import example_inputs as dense_inputs
-from fuse_pass.patterns.dropout_norm import example_inputs as norm_inputs
+from fuse_pass.patterns import spellings
 from fuse_pass.report import Reason, collect
 from tests.capture import capture
 from tests.patterns.truth import assert_blames, assert_declines, assert_fused_like_eager, leaves
+
+dense_inputs = spellings.dense_act_dense.CORPUS.example_inputs
+norm_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 GELU = F.gelu
 

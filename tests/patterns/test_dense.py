@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from fuse_pass.backend import FuseBackend
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import gemm
-from fuse_pass.ops.dense import pays
-from fuse_pass.patterns import dense
-from fuse_pass.patterns.dense import example_inputs
-from fuse_pass.patterns.pattern import Candidate
+from fuse_pass.ops.dense import Dense, pays
+from fuse_pass.patterns import dense, spellings
+from fuse_pass.patterns.pattern import Candidate, tensor
 from fuse_pass.report import Reason
 from tests.capture import Captured, capture
 from tests.patterns.truth import assert_declines, assert_fused_like_eager
+
+example_inputs = spellings.dense.CORPUS.example_inputs
 
 ops = torch.ops.fuse_pass
 
@@ -172,7 +173,8 @@ def test_the_gradient_is_laid_out_like_the_weight(layout: str) -> None:
 
 def test_a_result_that_is_not_contiguous_is_declined() -> None:
     node = torch.fx.Graph().placeholder("y")
-    candidate = Candidate(node, frozenset((node,)), (node,), {}, {}, "")
+    call = Dense(tensor(node), tensor(node), None)
+    candidate = Candidate(anchor=node, nodes=frozenset((node,)), outputs=(node,), call=call, variant="")
     node.meta["example_value"] = torch.empty(3, 4)
     assert dense.check(GraphView(node.graph), candidate) is None
     node.meta["example_value"] = torch.empty(4, 3).t()

@@ -20,17 +20,19 @@ from tests.capture import Captured
 from tests.patterns.truth import Result, assert_agrees, assert_fused_like_eager, eager, fused, leaves
 
 BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
-CASES = [pytest.param(p.name, spelling, id=f"{p.name}: {spelling}") for p in PATTERNS for spelling in p.spellings]
+CASES = [
+    pytest.param(p.name, spelling, id=f"{p.name}: {spelling}") for p in PATTERNS for spelling in p.corpus.spellings
+]
 every_spelling = pytest.mark.parametrize(("pattern", "spelling"), CASES)
 static_and_dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
 def function_of(pattern: str, spelling: str) -> Callable[..., Tensor]:
-    return BY_NAME[pattern].spellings[spelling]
+    return BY_NAME[pattern].corpus.spellings[spelling]
 
 
 def inputs_of(pattern: str, **options: Any) -> dict[str, Any]:
-    return BY_NAME[pattern].example_inputs(**options)
+    return BY_NAME[pattern].corpus.example_inputs(**options)
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def test_reference_is_the_first_spelling_s_truth(pattern: str) -> None:
     """`reference` without a mask is what an inactive dropout leaves."""
     inputs = inputs_of(pattern, dtype=torch.float64)
     plain = function_of(pattern, "inactive dropout")(*inputs.values())
-    torch.testing.assert_close(BY_NAME[pattern].reference(**inputs), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(BY_NAME[pattern].corpus.reference(**inputs), plain, rtol=1e-12, atol=1e-12)
 
 
 @every_spelling
@@ -274,7 +276,7 @@ def test_a_graph_without_a_match_is_handed_on_as_it_is(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", BY_NAME)
 def test_a_pattern_that_is_switched_off_does_not_fire(pattern: str) -> None:
     others = [name for name in BY_NAME if name != pattern]
-    function = next(iter(BY_NAME[pattern].spellings.values()))
+    function = next(iter(BY_NAME[pattern].corpus.spellings.values()))
     found, _ = fused(function, leaves(inputs_of(pattern)), backend=FuseBackend(others, strict=True))
     assert found.report.counts()[pattern] == 0
 
@@ -292,4 +294,4 @@ def test_the_masks_of_eager_and_fused_are_the_same_and_drop_at_the_right_rate() 
 
 
 def test_patterns_are_pattern_rows() -> None:
-    assert all(isinstance(pattern, Pattern) and pattern.spellings for pattern in PATTERNS)
+    assert all(isinstance(pattern, Pattern) and pattern.corpus.spellings for pattern in PATTERNS)

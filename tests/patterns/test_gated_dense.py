@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.patterns.gated_dense import example_inputs
+from fuse_pass.patterns import spellings
 from fuse_pass.report import Reason
 from tests.patterns.truth import assert_blames, assert_declines, assert_fused_like_eager, fused, leaves
+
+example_inputs = spellings.gated_dense.CORPUS.example_inputs
 
 ONLY = FuseBackend(["gated_dense"], strict=True)
 WIDTH = 24

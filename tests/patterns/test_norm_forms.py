@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.patterns.dropout_norm import example_inputs
-from fuse_pass.patterns.norm_spellings import deberta, gemma, llama
+from fuse_pass.patterns import spellings
+from fuse_pass.patterns.spellings.written_out_norms import deberta, gemma, llama
 from fuse_pass.report import Reason
 from tests.capture import capture
 from tests.patterns.truth import assert_declines, assert_fused_like_eager, eager, fused, leaves
+
+example_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = 1e-3  # large enough that a forgotten or doubled one is seen

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.patterns.dropout_norm import example_inputs
+from fuse_pass.patterns import spellings
 from fuse_pass.report import Reason
 from tests.capture import Captured, capture
 from tests.patterns.truth import SEED, assert_fused_like_eager, fused, leaves, with_grads
+
+example_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 
 def timm_drop_path(x: Tensor, keep: float = 0.8) -> Tensor:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.patterns.dense_act_dense import example_inputs as dense_inputs
-from fuse_pass.patterns.dropout_norm import example_inputs as norm_inputs
+from fuse_pass.patterns import spellings
 from tests.patterns.truth import assert_agrees, assert_fused_like_eager, leaves, with_grads
+
+dense_inputs = spellings.dense_act_dense.CORPUS.example_inputs
+norm_inputs = spellings.dropout_norm.CORPUS.example_inputs
 
 LINEAR, GELU = F.linear, F.gelu
 

@@ -60,7 +60,7 @@ def test_every_spelling_of_every_pattern_can_be_planted() -> None:
     from fuse_pass.patterns import PATTERNS
 
     known = {(spelling.pattern, spelling.name) for spelling in spellings()}
-    assert known == {(pattern.name, name) for pattern in PATTERNS for name in pattern.spellings}
+    assert known == {(pattern.name, name) for pattern in PATTERNS for name in pattern.corpus.spellings}
 
 
 def test_a_seed_always_gives_the_same_program() -> None:
