@@ -2,15 +2,23 @@
 
 from fuse_pass import nn
 from fuse_pass.analysis import coverage
+from fuse_pass.api import compile
 from fuse_pass.backend import FuseBackend, fuse_backend
-from fuse_pass.calibrate import calibrate
-from fuse_pass.convert import convert
-from fuse_pass.formats import BlockFormat, FixedFormat, FloatFormat, Granularity, IntFormat, formats
-from fuse_pass.front import compile
 from fuse_pass.nn import BitLinear, FusedDenseGELUDense, FusedDropoutLayerNorm
-from fuse_pass.quantize import FloatPrecisionSimulator, absmax_quantize, fake_quantize
+from fuse_pass.numerics.formats import (
+    BlockFormat,
+    FixedFormat,
+    FloatFormat,
+    Granularity,
+    IntFormat,
+    formats,
+)
+from fuse_pass.numerics.spec import QuantSpec, Site
+from fuse_pass.quantization import observers
+from fuse_pass.quantization.calibrate import calibrate
+from fuse_pass.quantization.convert import convert
+from fuse_pass.quantization.functional import FloatPrecisionSimulator, absmax_quantize, fake_quantize
 from fuse_pass.report import Decline, Match, Reason, Report, collect
-from fuse_pass.spec import QuantSpec, Site
 
 __version__ = "0.1.0"
 
@@ -41,4 +49,10 @@ __all__ = [
     "formats",
     "fuse_backend",
     "nn",
+    "observers",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not the modules that were imported on the way."""
+    return [*__all__, "__version__"]

@@ -13,22 +13,23 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
-from fuse_pass.formats import Format
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks, precompile, private
-from fuse_pass.inductor.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
+from fuse_pass.joint.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.joint.dropout_masks import OwnMasks
 from fuse_pass.joint.masked_softmax import MaskedSoftmax
 from fuse_pass.joint.recompute import RecomputeTags
+from fuse_pass.numerics.formats import Format
+from fuse_pass.numerics.spec import QuantSpec, spec_of
 from fuse_pass.options import Options, names
-from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, fake_quant, prepack
-from fuse_pass.quantized_calls import QuantizedCall, counted, warn_of_graph_break
+from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, prepack
+from fuse_pass.patterns.fake_quantization import insert as fake_quant
+from fuse_pass.quantization.quantized_calls import QuantizedCall, counted, warn_of_graph_break
 from fuse_pass.report import Decline, Note, Reason, Report, publish
-from fuse_pass.spec import QuantSpec, spec_of
 
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
 
@@ -54,7 +55,7 @@ class FuseBackend:
             For the layers that both quantise, outputs and gradients have the same bits. Beside them it reaches
             products, attention, embeddings and norms that are called as functions or by subclasses; activations,
             softmax and pooling only as modules; dropout never; recurrent layers and what has no quantised layer are
-            declined. `fuse_pass/patterns/fake_quant.py` has the table.
+            declined. `fuse_pass/patterns/fake_quantization/insert.py` has the table.
         memory: what a feed-forward block (`dense_act_dense`) keeps for backward beside its input and its weights.
             "fastest": the hidden value before and after the activation, as eager does. "balanced": the one before it.
             "smallest": neither; backward repeats the first product. Dropout masks are never kept. Measured on
@@ -169,8 +170,8 @@ class FuseBackend:
             step = "generating code"
             return (_recompiled(fused), report) if report.matches else (gm, report)
         except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
-            unquantised = self.options.quantize is not None and fallback is gm  # that would be another model
-            if self.options.strict or unquantised:
+            unquantized = self.options.quantize is not None and fallback is gm  # that would be another model
+            if self.options.strict or unquantized:
                 raise
             warnings.warn(
                 f"fuse_pass: {step} failed ({type(error).__name__}: {error}); "

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fuse_pass.commands import bench, coverage, demo, explain
+from fuse_pass.bench import command as bench
+from fuse_pass.commands import coverage, demo, explain
 from fuse_pass.commands.errors import CommandError
 
 

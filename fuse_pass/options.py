@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fuse_pass.formats import Format
 from fuse_pass.joint.recompute import MEMORY
+from fuse_pass.numerics.formats import Format
+from fuse_pass.numerics.spec import QuantSpec, spec_of
 from fuse_pass.patterns import PATTERNS
-from fuse_pass.spec import QuantSpec, spec_of
 
 PATTERN_NAMES = tuple(pattern.name for pattern in PATTERNS)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fuse_pass.inductor import onednn
-from fuse_pass.inductor.cache_key import source_hash
-from fuse_pass.machine import cpu_name, instruction_set
+from fuse_pass.gemm import onednn
+from fuse_pass.gemm.machine import cpu_name, instruction_set
+from fuse_pass.joint.cache_key import source_hash
 
 # Stock Inductor does not know which sources an op of ours had when its cache was filled.
 torch.compiler.config.cache_key_tag = source_hash()

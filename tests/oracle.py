@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fuse_pass.formats import FloatFormat
+from fuse_pass.numerics.formats import FloatFormat
 
 DETERMINISTIC = (
     "nearest_odd",

@@ -9,8 +9,8 @@ import pytest
 
 import fuse_pass
 from fuse_pass import FuseBackend, QuantSpec
+from fuse_pass.numerics.spec import spec_of
 from fuse_pass.options import PATTERN_NAMES, Options, names
-from fuse_pass.spec import spec_of
 
 
 def test_defaults() -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from fuse_pass.machine import cpu_name, instruction_set
+from fuse_pass.gemm.machine import cpu_name, instruction_set
 
 MIN_ROUNDS = 9
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

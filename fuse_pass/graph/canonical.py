@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from fuse_pass.inductor import private
-from fuse_pass.ops.activations import ACTIVATIONS, Activation
+from fuse_pass.numerics.activations import ACTIVATIONS, Activation
 
 aten = torch.ops.aten
 

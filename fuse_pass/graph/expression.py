@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fuse_pass.graph.canonical import Op, called_activation
 from fuse_pass.graph.view import GraphView, is_active_dropout
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.numerics.activations import ACTIVATIONS
 
 # An atom is (function name, its constants, its argument); the variable is ("x", (), ()).
 Atom = tuple[str, tuple[float, ...], "Polynomial"]

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch._functorch.compile_utils import rand_ops
 from torch._inductor import decomposition
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule, Node, traceback
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot
@@ -31,6 +32,7 @@ __all__ = [
     "LEAST_BUDGET",
     "STORED_ONCE",
     "RecompileLimitHit",
+    "cache_dir",
     "call_context_of_backends",
     "disable_current_modes",
     "draws_stock_random_numbers",

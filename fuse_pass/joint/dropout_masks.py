@@ -2,7 +2,7 @@
 
 Inductor draws a float32 per element by a scalar Philox (8 ns) and compares it with p; for half types it rounds that
 number first, and with it the probability. The stored mask then costs as much again. Here the comparison becomes
-`rng.keep_mask`: vectorised, exact to 2**-32, and computed again in backward.
+`random_bits.keep_mask`: vectorised, exact to 2**-32, and computed again in backward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fuse_pass.inductor.private import (
     register_graph_pattern,
 )
 from fuse_pass.joint.recompute import recompute_in_backward
-from fuse_pass.ops import rng
+from fuse_pass.numerics import random_bits
 
 aten = torch.ops.aten
 
@@ -66,7 +66,7 @@ def _keep_mask(match: Match, size: Any, seed: Node, p: float) -> None:
         rows = 1
         for length in size[:-1]:
             rows = rows * length
-        return rng.keep_mask(seed, rows, size[-1], p).view(size)
+        return random_bits.keep_mask(seed, rows, size[-1], p).view(size)
 
     match.replace_by_example(keep, [size, seed])
 

@@ -8,15 +8,15 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.nn.int8_linear import Int8Linear
-from fuse_pass.nn.plain import are_plain, is_untouched, records_gradient
 from fuse_pass.ops.dense_act_dense import dense_act_dense, dense_act_dense_inference
 from fuse_pass.ops.llm_int8 import checked_threshold
+from fuse_pass.ops.plain import are_plain, is_untouched, records_gradient
+from fuse_pass.quantization.layers.int8_linear import HasInt8Weights, Int8Linear
 
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-class FusedDenseGELUDense(nn.Module):
+class FusedDenseGELUDense(HasInt8Weights):
     """Linear → GELU → Linear that saves only x and the pre-activation for backward.
 
     Maps `[..., dim]` to `[..., dim]` through a hidden layer of size `dim_out`; any rank from 1, empty batches included.

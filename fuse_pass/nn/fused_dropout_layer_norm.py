@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.nn.plain import are_plain, is_untouched
 from fuse_pass.ops.dropout_norm import LAYER_NORM, dropout_norm
-from fuse_pass.ops.rng import seed
+from fuse_pass.ops.plain import are_plain, is_untouched
+from fuse_pass.ops.seed import seed
 
 
 class FusedDropoutLayerNorm(nn.Module):

@@ -10,7 +10,8 @@ from fuse_pass.ops import (
     gated_dense,
     llm_int8,
     prepacked,
-    rng,
+    products,
+    seed,
     straight_through,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "gated_dense",
     "llm_int8",
     "prepacked",
-    "rng",
+    "products",
+    "seed",
     "straight_through",
 ]

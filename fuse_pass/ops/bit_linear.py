@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuse_pass.gemm.product import product
 from fuse_pass.inductor import private
-from fuse_pass.ops.bit_codes import (
+from fuse_pass.numerics.bit_codes import (
     activation_codes,
-    dequantised_activations,
-    dequantised_weight,
+    dequantized_activations,
+    dequantized_weight,
     per_row,
     unpack_codes,
     weight_codes,
     weight_statistics,
 )
-from fuse_pass.ops.dense import product, rows_of
+from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.fused_op import FusedOp, Gradients, Size, register
-from fuse_pass.ops.library import accumulation_dtype
 
 
 def _integer_product(x_codes: Tensor, codes: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class BitLinearGradients(Gradients):
             codes = weight_codes(self.weight, self.threshold, self.variant)
             grads["x"] = _input_gradient(grad, codes, self.scale).view(self.x.shape)
         if "weight" in needed:
-            x_hat = dequantised_activations(rows_of(self.x), self.variant).to(grad.dtype)
+            x_hat = dequantized_activations(rows_of(self.x), self.variant).to(grad.dtype)
             grads["weight"] = product(grad.t(), x_hat.t())
         if "bias" in needed:
             grads["bias"] = grad.sum(0)
@@ -206,8 +206,8 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, quantised: Tensor) -> Tensor:
-        return quantised.clone()
+    def forward(value: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -220,13 +220,13 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through_weight(weight: Tensor, groups: int, variant: str) -> Tensor:
     """Ŵ with dŴ/dW = 1."""
-    return _StraightThrough.apply(weight, dequantised_weight(weight.detach(), groups, variant))  # type: ignore[no-any-return]
+    return _StraightThrough.apply(weight, dequantized_weight(weight.detach(), groups, variant))  # type: ignore[no-any-return]
 
 
 def straight_through_activations(x: Tensor, variant: str) -> Tensor:
     """x̂ `[..., in]` with dx̂/dx = 1."""
-    quantised = dequantised_activations(rows_of(x.detach()), variant).view(x.shape)
-    return _StraightThrough.apply(x, quantised.to(x.dtype))  # type: ignore[no-any-return]
+    quantized = dequantized_activations(rows_of(x.detach()), variant).view(x.shape)
+    return _StraightThrough.apply(x, quantized.to(x.dtype))  # type: ignore[no-any-return]
 
 
 def bit_linear_formula(x: Tensor, weight: Tensor, bias: Tensor | None, variant: str) -> Tensor:

@@ -23,17 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.ops import rng
-from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.dense import (
-    product,
-    product_with_activation,
-    rows_of,
-    shaped_like_rows_of,
-    weight_gradient,
-)
+from fuse_pass.gemm.product import product, product_with_activation, weight_gradient
+from fuse_pass.numerics import random_bits
+from fuse_pass.numerics.activations import ACTIVATIONS
+from fuse_pass.numerics.tensors import accumulation_dtype, rows_of, shaped_like_rows_of
 from fuse_pass.ops.fused_op import Gradients, ProductOp, Seed, Weight, register
-from fuse_pass.ops.library import accumulation_dtype
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 Quantize = Callable[[Tensor, Sequence[int]], Tensor]
@@ -57,7 +51,7 @@ class Between:
         return self.dropped(row.forward(quantize(h, self.hidden_format), self.act_arguments, self.act_weight), quantize)
 
     def dropped(self, a: Tensor, quantize: Quantize = quantize_packed) -> Tensor:
-        return quantize(rng.dropout(quantize(a, self.result_format), self.seed, self.p), self.act_format)
+        return quantize(random_bits.dropout(quantize(a, self.result_format), self.seed, self.p), self.act_format)
 
     def gradients(self, needed: Set[str], grad_a: Tensor, h: Tensor) -> dict[str, Tensor]:
         """Of h and the weight of the activation; quantisation is straight through."""
@@ -112,7 +106,7 @@ class ActDenseGradients(Gradients):
         if "weight2" in needed:
             grads["weight2"] = weight_gradient(grad, self.between.activated(h), self.weight2)
         if needed & {"h", "act_weight"}:
-            grad_a = rng.dropout(product(grad, self.weight2.t()), self.between.seed, self.between.p)
+            grad_a = random_bits.dropout(product(grad, self.weight2.t()), self.between.seed, self.between.p)
             grads |= self.between.gradients(needed, grad_a, h)
         if "h" in needed:
             grads["h"] = grads["h"].view(self.h.shape)

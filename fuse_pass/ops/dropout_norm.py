@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from fuse_pass.inductor import compat
-from fuse_pass.ops import rng
+from fuse_pass.numerics import random_bits
+from fuse_pass.numerics.tensors import accumulation_dtype
 from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
-from fuse_pass.ops.library import accumulation_dtype
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
@@ -79,7 +79,7 @@ class Settings:
         if self.p == 1:
             return torch.zeros_like(x)
         rows, columns = math.prod(self.rows_of(x)), math.prod(self.row_of(x))
-        return rng.keep_only(x, rng.keep_mask(self.seed, rows, columns, self.p), self.p)
+        return random_bits.keep_only(x, random_bits.keep_mask(self.seed, rows, columns, self.p), self.p)
 
     def added(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The order of the operands decides the strides of a sum of tensors that are laid out differently."""

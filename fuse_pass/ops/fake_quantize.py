@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuse_pass.formats import FloatFormat
-from fuse_pass.ops import rounding as core
+from fuse_pass.numerics import rounding as core
+from fuse_pass.numerics.formats import FloatFormat
+from fuse_pass.numerics.rounding import FLOAT32, FLOAT64, Carrier, Grid
 from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
-from fuse_pass.ops.rounding import FLOAT32, FLOAT64, Carrier, Grid
 from fuse_pass.ops.straight_through import clip_gradient
 
 OVERFLOWS = ("ieee", "saturate")

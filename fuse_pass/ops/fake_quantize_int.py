@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuse_pass.ops import rounding as core
+from fuse_pass.numerics import rounding as core
+from fuse_pass.numerics.rounding import Carrier, Grid
 from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
-from fuse_pass.ops.rounding import Carrier, Grid
 from fuse_pass.ops.straight_through import clip_gradient
 
 # Processors round to integers by themselves, exactly and in one step (int8 with dynamic scales, 4 M float32 on one

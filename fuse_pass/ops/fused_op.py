@@ -45,7 +45,8 @@ import torch
 from torch import Tensor
 
 from fuse_pass.inductor import private
-from fuse_pass.ops.library import cast_for_autocast, define, define_autocast, define_autograd, gradient_like
+from fuse_pass.numerics.tensors import gradient_like
+from fuse_pass.ops.library import cast_for_autocast, define, define_autocast, define_autograd
 
 
 class Role(enum.Enum):

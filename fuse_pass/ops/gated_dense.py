@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.ops import rng
-from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.dense import product, rows_of, shaped_like_rows_of, weight_gradient
+from fuse_pass.gemm.product import product, weight_gradient
+from fuse_pass.numerics import random_bits
+from fuse_pass.numerics.activations import ACTIVATIONS
+from fuse_pass.numerics.tensors import rows_of, shaped_like_rows_of
 from fuse_pass.ops.dense_act_dense import Quantize, number_of_rows, output_shape
 from fuse_pass.ops.fused_op import Gradients, ProductOp, Seed, Weight, register
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
@@ -59,7 +60,7 @@ class Gate:
         return quantize(ACTIVATIONS[self.activation].forward(gate, self.act_arguments, None), self.result_format)
 
     def gated(self, gate: Tensor, up: Tensor, quantize: Quantize = quantize_packed) -> Tensor:
-        return quantize(rng.dropout(self.activated(gate, quantize) * up, self.seed, self.p), self.act_format)
+        return quantize(random_bits.dropout(self.activated(gate, quantize) * up, self.seed, self.p), self.act_format)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class GatedDenseGradients(Gradients):
         gate_value, up_value = gate.halves(self.h, up)  # quantisation is straight through
         projections: list[tuple[str, Tensor, Tensor]] = []
         if needed - {"weight2", "bias2"}:
-            grad_a = rng.dropout(product(grad, self.weight2.t()), gate.seed, gate.p)
+            grad_a = random_bits.dropout(product(grad, self.weight2.t()), gate.seed, gate.p)
             row = ACTIVATIONS[gate.activation]
             grad_gate = row.backward(grad_a * up_value, gate_value, gate.act_arguments, None)
             grad_up = grad_a * gate.activated(gate_value)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fuse_pass.inductor import compat, private
 
@@ -68,20 +67,3 @@ def cast_for_autocast(value: Any, device_type: str) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
         return value.to(torch.get_autocast_dtype(device_type)) if value.device.type == device_type else value
     return value
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, everything narrower is summed in float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def gradient_like(tensor: Tensor) -> Tensor:
-    """Uninitialised, with the shape and layout of a gradient of `tensor`."""
-    if tensor.dim() == 2 and is_column_major(tensor):
-        return tensor.new_empty(tensor.shape[::-1]).t()
-    return tensor.new_empty(tensor.shape)
-
-
-def is_column_major(matrix: Tensor) -> bool:
-    strides: list[int | None] = [stride if isinstance(stride, int) else None for stride in matrix.stride()]  # no guards
-    return strides[0] == 1 and strides[1] != 1

@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuse_pass.gemm.product import product
 from fuse_pass.inductor import compat, private
-from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.dense import product, rows_of
+from fuse_pass.numerics.activations import ACTIVATIONS
+from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import accumulation_dtype, cast_for_autocast, define
+from fuse_pass.ops.library import cast_for_autocast, define
 
 QMAX = 127
 # The largest inner sizes at which no sum of products of int8 values (2^14 at most) leaves what float32 and int32 hold.

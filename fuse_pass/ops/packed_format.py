@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from fuse_pass.formats import ENCODINGS
+from fuse_pass.numerics.formats import ENCODINGS
+from fuse_pass.numerics.rounding import ROUNDINGS
 from fuse_pass.ops.fake_quantize import OVERFLOWS, FloatRounding, fake_quantize
-from fuse_pass.ops.rounding import ROUNDINGS
 
 _LENGTH = len(dataclasses.fields(FloatRounding))
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fuse_pass.numerics.rounding import compute_carrier
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register
-from fuse_pass.ops.rounding import compute_carrier
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from fuse_pass.patterns import (
     dense,
     dense_act_dense,
     dropout_norm,
-    fake_quant,
     gated_dense,
     prepack,
 )
+from fuse_pass.patterns.fake_quantization import insert as fake_quant
 from fuse_pass.patterns.pattern import Candidate, NearMiss, Pattern, Situation, apply
 
 PATTERNS: tuple[Pattern[Any], ...] = (gated_dense.PATTERN, dense_act_dense.PATTERN, dropout_norm.PATTERN, dense.PATTERN)

@@ -27,7 +27,7 @@ from fuse_pass.graph.expression import (
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_size, value_of
 from fuse_pass.graph.view import GraphView
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.report import Reason
 
 # What the root of every way of writing one out is.

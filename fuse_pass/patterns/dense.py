@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fuse_pass.gemm.product import pays
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear
 from fuse_pass.inductor import private
-from fuse_pass.ops.dense import Dense, DenseAct, pays
-from fuse_pass.ops.library import is_column_major
+from fuse_pass.numerics.tensors import is_column_major
+from fuse_pass.ops.dense import Dense, DenseAct
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.linear_chain import weight_of
 from fuse_pass.patterns.pattern import Candidate, Pattern, insert, tensor

@@ -109,7 +109,7 @@ def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> FusedNorm | Nea
     words += ["another of one sum"] if is_another else []
     words += ["written out"] if len(norm.nodes) > 1 else []
     words += ["sum read again"] if keeps_sum else []
-    words += ["fake-quantised"] if path.quantised is not None else []
+    words += ["fake-quantised"] if path.quantized is not None else []
     return FusedNorm(
         anchor=norm.node,
         nodes=nodes,
@@ -236,9 +236,9 @@ def _check_dtypes(found: FusedNorm, z: Tensor) -> Problem | None:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if dtype is not z.dtype:
         return Problem(Reason.DTYPES, f"the sum of {dtype} operands is {z.dtype}", found.sum)
-    quantised = value_of(found.path.quantised)
-    if found.path.quantised is not None and quantised is not None and quantised.dtype is not z.dtype:
-        return Problem(Reason.DTYPES, f"{z.dtype} is quantised as {quantised.dtype}", found.path.quantised)
+    quantized = value_of(found.path.quantized)
+    if found.path.quantized is not None and quantized is not None and quantized.dtype is not z.dtype:
+        return Problem(Reason.DTYPES, f"{z.dtype} is quantised as {quantized.dtype}", found.path.quantized)
     # One cast is taken over by the op; of several, those before the last may round.
     changes, dtype = [], z.dtype
     for cast in found.path.of_kind("cast"):

@@ -32,7 +32,7 @@ from fuse_pass.graph.row_statistics import (
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView
-from fuse_pass.ops.library import accumulation_dtype
+from fuse_pass.numerics.tensors import accumulation_dtype
 from fuse_pass.patterns.sum_path import channels_apart
 from fuse_pass.report import Reason
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fuse_pass.gemm.product import prepacking_pays
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView
-from fuse_pass.ops.dense import Dense, prepacking_pays
+from fuse_pass.ops.dense import Dense
 from fuse_pass.ops.fused_op import FusedOp, Role, arguments_of, declaration_of
 from fuse_pass.ops.prepacked import DensePrepacked
 from fuse_pass.patterns import dense

@@ -40,7 +40,7 @@ class SumPath:
         self.top = start
         self.nodes: list[Node] = []
         self.moves: list[Node] = []
-        self.quantised: Node | None = None
+        self.quantized: Node | None = None
         self.sum_format: list[int] = []
         self.problem: Problem | None = None
         self._view = view
@@ -65,7 +65,7 @@ class SumPath:
 
     def _pass_quantization(self, node: Node) -> bool:
         op = declaration_of(node.target)
-        if op not in (FakeQuantize, FakeQuantizeInt, StraightThrough) or self.quantised is not None:
+        if op not in (FakeQuantize, FakeQuantizeInt, StraightThrough) or self.quantized is not None:
             return False
         call: Any = op.of_call(node.args, node.kwargs)
         if op is FakeQuantize and call.seed is None and not call.clip_grad:
@@ -74,7 +74,7 @@ class SumPath:
             detail = f"{node.name} rounds at random, by a scale of its own or with clipped gradients"
             self.problem = Problem(Reason.QUANTIZATION, detail, node)
         self.nodes.append(node)
-        self.quantised, self.top = node, call.x
+        self.quantized, self.top = node, call.x
         return True
 
     def of_kind(self, *kinds: str) -> tuple[Node, ...]:
@@ -89,8 +89,8 @@ class SumPath:
         path = copy.copy(self)
         path.top, path.nodes = dropout, self.nodes[: self.nodes.index(dropout)]
         path.moves = [move for move in self.moves if move in path.nodes]
-        if self.quantised not in path.nodes:
-            path.quantised, path.sum_format = None, []
+        if self.quantized not in path.nodes:
+            path.quantized, path.sum_format = None, []
         if self.problem is not None and self.problem.node not in path.nodes:
             path.problem = None
         return path

@@ -1,7 +1,7 @@
 """One dropout mask for everybody: eager, compiled and fused models draw theirs from a seed that the tester sets.
 
-The mask of a dropout is a function of the seed, p and the flat index of an element (`ops.rng.keep_mask`), so that any
-split into rows and columns gives the same, and eager PyTorch becomes an exact reference of a fused dropout.
+The mask of a dropout is a function of the seed, p and the flat index of an element (`random_bits.keep_mask`), so that
+any split into rows and columns gives the same, and eager PyTorch becomes an exact reference of a fused dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fuse_pass.inductor import compat
-from fuse_pass.ops import rng
+from fuse_pass.numerics import random_bits
 
 _LIBRARY = torch.library.Library("fuse_pass_testing", "DEF")
 
@@ -61,7 +61,7 @@ def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """Keeps the strides of x, as `F.dropout` does."""
     if p == 1:
         return torch.zeros_like(x)
-    return rng.keep_only(x, rng.keep_mask(seed, x.numel(), 1, p), p)
+    return random_bits.keep_only(x, random_bits.keep_mask(seed, x.numel(), 1, p), p)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -100,7 +100,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
 
 def _uniform(shape: Sequence[int], device: torch.device) -> Tensor:
     """Multiples of 2**-24 from 0 to below 1 in float64: the same numbers in float32."""
-    bits = rng.random_bits(torch.ops.fuse_pass_testing.seed(device=device), math.prod(shape), 1)
+    bits = random_bits.random_bits(torch.ops.fuse_pass_testing.seed(device=device), math.prod(shape), 1)
     return (((bits >> 8) & 0xFFFFFF).double() * 2.0**-24).view(tuple(shape))
 
 

@@ -125,7 +125,7 @@ def on_another_device(b: Builder) -> None:
     b.emit(f'{x.name} + torch.ones_like(F.layer_norm({moved}, ({x.width},)), device="cpu")', x.shape)
 
 
-def quantised_inside(b: Builder) -> None:
+def quantized_inside(b: Builder) -> None:
     """The sum is rounded to a format that the fused norm cannot round to."""
     x = b.pick()
     r = b.pick(x.width)
@@ -186,7 +186,7 @@ SURROUNDINGS: tuple[Callable[[Builder], None], ...] = (
     hidden_in_a_layer,
     jagged,
     on_another_device,
-    quantised_inside,
+    quantized_inside,
     two_norms_of_one_sum,
     parameter_from_the_sum,
     columns_normed,

@@ -145,7 +145,7 @@ def test_precompiled_functions_are_found_until_the_sources_change(precompiling: 
 
 
 @pytest.mark.slow
-def test_quantised_functions_are_not_precompiled(precompiling: Path) -> None:
+def test_quantized_functions_are_not_precompiled(precompiling: Path) -> None:
     first, second = (run(precompiling, quantize="fp8_e4m3") for _ in range(2))
     assert first["graphs"] == second["graphs"] == 1
     assert (second["sum"], second["grad"]) == (first["sum"], first["grad"])

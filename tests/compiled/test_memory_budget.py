@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 import fuse_pass
 from fuse_pass import fuse_backend
 from fuse_pass.backend import FuseBackend
-from fuse_pass.quantize import FloatPrecisionSimulator, fake_quantize
-from fuse_pass.spec import QuantSpec, Site
+from fuse_pass.numerics.spec import QuantSpec, Site
+from fuse_pass.quantization.functional import FloatPrecisionSimulator, fake_quantize
 
 WIDTH, HIDDEN, P = 8, 24, 0.4
 BUDGETS = (0.7, 0.5, 0.2, 0.0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fuse_pass.ops import bit_codes
+from fuse_pass.numerics import bit_codes
 from fuse_pass.ops.bit_linear import bit_linear_formula, straight_through_weight
 
 ops = torch.ops.fuse_pass
@@ -295,7 +295,7 @@ def test_layout_of_the_bytes() -> None:
     kind=st.sampled_from(["normal", "sparse", "one", "constant", "zero"]),
     seed=st.integers(0, 999),
 )
-def test_representative_weight_is_quantised_to_the_same(
+def test_representative_weight_is_quantized_to_the_same(
     variant: str, dtype: torch.dtype, groups: int, rows: int, columns: int, kind: str, seed: int
 ) -> None:
     weight = torch.randn(groups * rows, columns, generator=torch.Generator().manual_seed(seed))

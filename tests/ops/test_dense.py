@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.inductor import compat, gemm, onednn
-from fuse_pass.ops import dense
-from fuse_pass.ops.activations import ACTIVATIONS
-from fuse_pass.ops.library import gradient_like
+from fuse_pass.gemm import choice, onednn
+from fuse_pass.gemm import product as products
+from fuse_pass.inductor import compat
+from fuse_pass.numerics import tensors
+from fuse_pass.numerics.activations import ACTIVATIONS
+from fuse_pass.numerics.tensors import gradient_like
 from fuse_pass.patterns import spellings
 from tests.ops.gradients import ROWS, assert_gradients_exact, run
 from tests.precision import assert_as_exact_as_eager
@@ -37,19 +39,19 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture(params=[gemm.ATEN, gemm.ONEDNN])
+@pytest.fixture(params=[choice.ATEN, choice.ONEDNN])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every product above MIN_FLOP goes to this library, in the dtypes in which this processor lets it multiply."""
-    if request.param == gemm.ONEDNN and compat.onednn_linear() is None:
+    if request.param == choice.ONEDNN and compat.onednn_linear() is None:
         pytest.skip("this build of PyTorch lacks oneDNN")
     prefer(request.param, monkeypatch)
     return str(request.param)
 
 
 def prefer(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = ("float32", "bfloat16") if library == gemm.ONEDNN else ()
-    table = {name + suffix: gemm.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
-    monkeypatch.setattr(gemm, "table", lambda: table)
+    chosen = ("float32", "bfloat16") if library == choice.ONEDNN else ()
+    table = {name + suffix: choice.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
+    monkeypatch.setattr(choice, "table", lambda: table)
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -75,7 +77,7 @@ def operands(size: str, dtype: torch.dtype, *, bias: bool = True) -> tuple[Tenso
 
 
 def check(a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    result = dense.product(a, b, bias)
+    result = products.product(a, b, bias)
     eager = F.linear(a, b, bias)
     exact = F.linear(a.double(), b.double(), None if bias is None else bias.double())
     assert_as_exact_as_eager(result, eager, exact, "product")
@@ -129,7 +131,7 @@ def test_product_with_activation(name: str, dtype: torch.dtype, library: str) ->
     row, weight = ACTIVATIONS[name], torch.full((1,), 0.3, dtype=dtype)
     for size in ("small", "large", "no row"):
         a, b, bias = operands(size, dtype)
-        result = dense.product_with_activation(a, b, bias, name, arguments, weight)
+        result = products.product_with_activation(a, b, bias, name, arguments, weight)
         eager = row.forward(F.linear(a, b, bias), arguments, weight)
         exact = row.forward(F.linear(a.double(), b.double(), bias.double()), arguments, weight.double())
         assert_as_exact_as_eager(result, eager, exact, f"{name} {size}")
@@ -140,21 +142,21 @@ def test_all_libraries_mean_the_same_function(monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("this build of PyTorch lacks oneDNN")
     a, b, bias = operands("large", torch.float32)
     results = {}
-    for library in (gemm.ATEN, gemm.ONEDNN):
+    for library in (choice.ATEN, choice.ONEDNN):
         prefer(library, monkeypatch)
-        results[library] = dense.product(a, b, bias)
+        results[library] = products.product(a, b, bias)
     exact = F.linear(a.double(), b.double(), bias.double())
-    assert_as_exact_as_eager(results[gemm.ONEDNN], results[gemm.ATEN], exact)
-    assert_as_exact_as_eager(results[gemm.ATEN], results[gemm.ONEDNN], exact)
+    assert_as_exact_as_eager(results[choice.ONEDNN], results[choice.ATEN], exact)
+    assert_as_exact_as_eager(results[choice.ATEN], results[choice.ONEDNN], exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_table_decides_who_computes(dtype: torch.dtype, library: str) -> None:
     """Where the processor has the product."""
     a, b, bias = operands("large", dtype)
-    by_onednn = library == gemm.ONEDNN and onednn.multiplies(dtype)
+    by_onednn = library == choice.ONEDNN and onednn.multiplies(dtype)
     with Calls() as calls:
-        dense.product(a, b, bias)
+        products.product(a, b, bias)
     assert ("fuse_pass::gemm" in calls.names) == by_onednn
     assert ("aten::addmm" in calls.names) == (not by_onednn)
 
@@ -162,25 +164,25 @@ def test_the_table_decides_who_computes(dtype: torch.dtype, library: str) -> Non
 def test_an_activation_joins_the_product_where_onednn_has_it(library: str) -> None:
     a, b, bias = operands("large", torch.float32)
     with Calls() as calls:
-        dense.product_with_activation(a, b, bias, "gelu", (), None)
-    assert ("aten::gelu" in calls.names) == (library == gemm.ATEN)
+        products.product_with_activation(a, b, bias, "gelu", (), None)
+    assert ("aten::gelu" in calls.names) == (library == choice.ATEN)
     with Calls() as calls:
-        dense.product_with_activation(a, b, bias, "mish", (), None)
+        products.product_with_activation(a, b, bias, "mish", (), None)
     assert "aten::mish" in calls.names
 
 
 def test_small_products_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    prefer(gemm.ONEDNN, monkeypatch)
+    prefer(choice.ONEDNN, monkeypatch)
     with Calls() as calls:
-        dense.product(*operands("small", torch.float32))
+        products.product(*operands("small", torch.float32))
     assert "aten::addmm" in calls.names
     assert "fuse_pass::gemm" not in calls.names
 
 
 def test_float64_and_unprobed_dtypes_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    prefer(gemm.ONEDNN, monkeypatch)
+    prefer(choice.ONEDNN, monkeypatch)
     with Calls() as calls:
-        dense.product(*operands("large", torch.float64))
+        products.product(*operands("large", torch.float64))
     assert "aten::addmm" in calls.names
 
 
@@ -189,16 +191,16 @@ def test_float16_is_multiplied_in_float32_without_hardware(size: str, monkeypatc
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: False)
     a, b, bias = operands(size, torch.float16)
     with Calls() as calls:
-        dense.product(a, b, bias)
-    products = [d for n, d in zip(calls.names, calls.dtypes, strict=True) if n in ("aten::addmm", "fuse_pass::gemm")]
-    assert products == [torch.float32]
+        products.product(a, b, bias)
+    computed = [d for n, d in zip(calls.names, calls.dtypes, strict=True) if n in ("aten::addmm", "fuse_pass::gemm")]
+    assert computed == [torch.float32]
     check(a, b, bias)
 
 
 def test_float16_stays_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
     with Calls() as calls:
-        dense.product(*operands("small", torch.float16))
+        products.product(*operands("small", torch.float16))
     assert torch.float32 not in calls.dtypes
 
 
@@ -209,22 +211,22 @@ def test_mixed_dtypes_are_refused(library: str, rows: int | None) -> None:
     assert bias is not None
     for mixed in ((a, b.bfloat16(), bias), (a.bfloat16(), b, bias), (a, b, bias.bfloat16())):
         with pytest.raises(RuntimeError, match=r"expected a product of one dtype, got torch\.\w+ and torch\.\w+ with"):
-            dense.product(*mixed)
+            products.product(*mixed)
         with pytest.raises(RuntimeError, match="expected a product of one dtype"):
-            dense.product_with_activation(*mixed, "gelu", (), None)
+            products.product_with_activation(*mixed, "gelu", (), None)
 
 
 def test_inner_sizes_must_agree(library: str) -> None:
     a, b, bias = operands("large", torch.float32)
     with pytest.raises(RuntimeError):
-        dense.product(a[:, :-1], b, bias)
+        products.product(a[:, :-1], b, bias)
 
 
 def test_rows_of() -> None:
-    assert dense.rows_of(torch.ones(4)).shape == (1, 4)
-    assert dense.rows_of(torch.ones(2, 3, 4)).shape == (6, 4)
-    assert dense.rows_of(torch.ones(2, 0, 4)).shape == (0, 4)
-    assert dense.rows_of(torch.ones(3, 4)).shape == (3, 4)
+    assert tensors.rows_of(torch.ones(4)).shape == (1, 4)
+    assert tensors.rows_of(torch.ones(2, 3, 4)).shape == (6, 4)
+    assert tensors.rows_of(torch.ones(2, 0, 4)).shape == (0, 4)
+    assert tensors.rows_of(torch.ones(3, 4)).shape == (3, 4)
 
 
 @needs_onednn
@@ -240,12 +242,12 @@ def test_unknown_sizes_choose_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> 
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     asked: list[list[int | None]] = []
-    monkeypatch.setattr(gemm, "provider", lambda d, t, sizes, **k: asked.append(sizes) or gemm.ATEN)
+    monkeypatch.setattr(choice, "provider", lambda d, t, sizes, **k: asked.append(sizes) or choice.ATEN)
     with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
         rows = mode.shape_env.create_unbacked_symint()
         torch._check(rows >= 2)
-        dense.product(torch.empty(rows, 8), torch.empty(6, 8))
-    dense.product(torch.ones(3, 8), torch.ones(6, 8))
+        products.product(torch.empty(rows, 8), torch.empty(6, 8))
+    products.product(torch.ones(3, 8), torch.ones(6, 8))
     assert asked == [[None, 6, 8], [3, 6, 8]]
 
 
@@ -256,13 +258,13 @@ def test_unknown_sizes_choose_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> 
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who computed each product, in order."""
     found: list[str] = []
-    real = gemm.provider
+    real = choice.provider
 
     def noting(*arguments: Any, **options: Any) -> str:
         found.append(real(*arguments, **options))
         return found[-1]
 
-    monkeypatch.setattr(gemm, "provider", noting)
+    monkeypatch.setattr(choice, "provider", noting)
     return found
 
 
@@ -350,6 +352,6 @@ def test_the_gradient_has_the_layout_of_the_weight() -> None:
     grad, x = torch.randn(5, 6), torch.randn(5, 8)
     for weight in (torch.empty(6, 8), torch.empty(8, 6).t(), torch.empty(6, 1), torch.empty(1, 8).t()):
         x_here, grad_here = x[:, : weight.shape[1]], grad[:, :1].expand(5, weight.shape[0])
-        gradient = dense.weight_gradient(grad_here, x_here, weight)
+        gradient = products.weight_gradient(grad_here, x_here, weight)
         assert gradient.stride() == weight.stride() == gradient_like(weight).stride()
         torch.testing.assert_close(gradient, grad_here.t() @ x_here)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.ops import rng
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.numerics import random_bits
+from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.patterns.spellings.dense_act_dense import CORPUS
 from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
@@ -45,7 +45,7 @@ def by_reference(values: dict[str, Any], activation: str = "gelu", p: float = P)
     x, hidden = values["x"], values["weight1"].shape[0]
     keep = None
     if p:
-        keep = rng.keep_mask(torch.tensor(SEED), x.shape[:-1].numel(), hidden, p).view(*x.shape[:-1], hidden)
+        keep = random_bits.keep_mask(torch.tensor(SEED), x.shape[:-1].numel(), hidden, p).view(*x.shape[:-1], hidden)
     return reference(
         *(values[name] for name in NAMES[:5]), activation=activation, arguments=ARGUMENTS.get(activation, ()),
         act_weight=values["act_weight"], keep=keep, p=p,
@@ -365,6 +365,6 @@ def test_dropout_in_forward_and_backward_is_the_same_when_compiled(dynamic: bool
         h = torch.ones(32, 64, requires_grad=True)
         y = compiled(h, p)
         y.sum().backward()
-        assert torch.equal(y != 0, rng.keep_mask(seed, 32, 64, p))
+        assert torch.equal(y != 0, random_bits.keep_mask(seed, 32, 64, p))
         assert h.grad is not None
         torch.testing.assert_close(h.grad, y.detach())

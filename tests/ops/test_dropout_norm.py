@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuse_pass.ops import rng
+from fuse_pass.numerics import random_bits
 from fuse_pass.patterns.spellings.dropout_norm import CORPUS
 from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
@@ -44,7 +44,7 @@ def ours(values: dict[str, Any], norm: str = "layer_norm", p: float = P) -> Tens
 
 def keep_of(x: Tensor, p: float) -> Tensor | None:
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    return rng.keep_mask(torch.tensor(SEED), rows, columns, p).view(x.shape) if p else None
+    return random_bits.keep_mask(torch.tensor(SEED), rows, columns, p).view(x.shape) if p else None
 
 
 def by_reference(values: dict[str, Any], norm: str = "layer_norm", p: float = P) -> Tensor:
@@ -156,7 +156,7 @@ def test_several_normalised_dimensions(norm: str) -> None:
     x, residual = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
     weight = torch.randn(5, 8, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, residual, weight)]
-    keep = rng.keep_mask(torch.tensor(SEED), 3, 40, P).view(3, 5, 8)
+    keep = random_bits.keep_mask(torch.tensor(SEED), 3, 40, P).view(3, 5, 8)
     z = torch.where(keep, x / (1 - P), 0.0) + residual
     exact = F.layer_norm(z, (5, 8), weight, None, EPS) if norm == "layer_norm" else F.rms_norm(z, (5, 8), weight, EPS)
     y, own_z, *_ = ops.dropout_norm(x, residual, weight, None, torch.tensor(SEED), P, EPS, 2, norm, None, False)
@@ -389,6 +389,6 @@ def test_dropout_in_forward_and_backward_is_the_same_when_compiled(dynamic: bool
         x = torch.ones(32, 64, requires_grad=True)
         z = compiled(x, p)
         z.sum().backward()
-        assert torch.equal(z != 0, rng.keep_mask(seed, 32, 64, p))
+        assert torch.equal(z != 0, random_bits.keep_mask(seed, 32, 64, p))
         assert x.grad is not None
         torch.testing.assert_close(x.grad, z.detach())

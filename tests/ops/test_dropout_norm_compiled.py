@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from fuse_pass import fuse_backend
-from fuse_pass.ops import rng
+from fuse_pass.numerics import random_bits
 from fuse_pass.patterns import spellings
 from tests.ops.gradients import run, wide
 from tests.precision import assert_as_exact_as_eager
@@ -30,7 +30,7 @@ def fused(values: dict[str, Any], norm: str = "layer_norm") -> Tensor:
 
 def by_reference(values: dict[str, Any]) -> Tensor:
     rows, columns = values["x"].shape
-    keep = rng.keep_mask(torch.tensor(SEED), rows, columns, P)
+    keep = random_bits.keep_mask(torch.tensor(SEED), rows, columns, P)
     return reference(*values.values(), norm="layer_norm", eps=EPS, keep=keep, p=P)
 
 
@@ -57,7 +57,7 @@ def test_as_exact_as_eager(dtype: torch.dtype, rows: int, columns: int, mean: fl
     exact = run(by_reference, wide(values))
     for name, value in result.items():
         assert_as_exact_as_eager(value, eager[name], exact[name], name)
-    dropped = ~rng.keep_mask(torch.tensor(SEED), rows, columns, P)
+    dropped = ~random_bits.keep_mask(torch.tensor(SEED), rows, columns, P)
     assert torch.equal(result["x"] == 0, dropped)
 
 
@@ -66,7 +66,7 @@ def test_each_way_hashes_once() -> None:
     values = example(9, 64, torch.float32)
     with inductor_config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(lambda: run(torch.compile(fused), values))
-    first, _, _ = rng._MULTIPLIERS
+    first, _, _ = random_bits._MULTIPLIERS
     assert [code.count(f"({first})") for code in codes] == [1, 1]
 
 

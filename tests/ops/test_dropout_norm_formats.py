@@ -69,7 +69,7 @@ def test_the_bits_of_the_unfused_computation(norm: str, p: float, dtype: torch.d
         assert torch.equal(a, b)
 
 
-def test_the_sum_itself_is_not_quantised_and_the_norm_reads_a_quantised_one() -> None:
+def test_the_sum_itself_is_not_quantized_and_the_norm_reads_a_quantized_one() -> None:
     values, settings = arguments("layer_norm", 0.0, torch.float32)
     y, z = fused(values, settings, FORMATS["fp4_e2m1, towards zero"])
     assert torch.equal(z, values[0] + values[1])

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.ops import rng
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.numerics import random_bits
+from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.patterns.spellings.gated_dense import CORPUS
 from tests.ops.gradients import DTYPES, ROWS, assert_gradients_exact, run, wide
 from tests.precision import assert_as_exact_as_eager
@@ -53,7 +53,7 @@ def by_reference(values: dict[str, Any], activation: str = "silu", p: float = P,
     x, hidden = values["x"], values["gate_weight"].shape[0]
     keep = None
     if p:
-        keep = rng.keep_mask(torch.tensor(SEED), x.shape[:-1].numel(), hidden, p).view(*x.shape[:-1], hidden)
+        keep = random_bits.keep_mask(torch.tensor(SEED), x.shape[:-1].numel(), hidden, p).view(*x.shape[:-1], hidden)
     return reference(
         *(values[name] for name in NAMES), activation=activation, arguments=ARGUMENTS.get(activation, ()),
         keep=keep, p=p,

@@ -124,14 +124,14 @@ def test_error_against_floating_point_is_that_of_half_a_step(threshold: float) -
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_stored_weights_give_the_bits_of_weights_quantised_on_the_way(threshold: float) -> None:
+def test_stored_weights_give_the_bits_of_weights_quantized_on_the_way(threshold: float) -> None:
     x, weight, bias = inputs()
     steps, scale = quantize_rows(weight)
     stored = llm_int8_linear(x, steps, bias, scale=scale, threshold=threshold)
-    dequantised = steps.float() * scale[:, None]
+    dequantized = steps.float() * scale[:, None]
     if threshold in (0.0, 1e6, float("inf")):  # no outliers
         assert torch.equal(stored, llm_int8_linear(x, weight, bias, threshold=threshold))
-    torch.testing.assert_close(stored, llm_int8_linear(x, dequantised, bias, threshold=threshold), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stored, llm_int8_linear(x, dequantized, bias, threshold=threshold), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_zeros_give_the_bias() -> None:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.inductor import compat, gemm, onednn
-from fuse_pass.ops import prepacked
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.gemm import choice, onednn, packed_weights
+from fuse_pass.inductor import compat
+from fuse_pass.numerics.activations import ACTIVATIONS
 from tests.precision import assert_as_exact_as_eager
 
 pytestmark = [
@@ -27,7 +27,7 @@ ROWS, D_OUT, D_IN = 5, 48, 32
 
 @pytest.fixture(autouse=True)
 def nothing_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(prepacked, "PACKED", prepacked.PackedWeights())
+    monkeypatch.setattr(packed_weights, "PACKED", packed_weights.PackedWeights())
     with torch.no_grad():
         yield
 
@@ -38,7 +38,7 @@ def weight_of(dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 def packs() -> int:
     gc.collect()
-    return len(prepacked.PACKED)
+    return len(packed_weights.PACKED)
 
 
 def check(weight: Tensor, rows: int = ROWS, post_op: tuple[str, str] = ("none", ""), name: str = "") -> None:
@@ -208,7 +208,7 @@ def test_what_cannot_be_watched_is_not_packed(kind: str) -> None:
         weight = torch.randn(D_OUT, D_IN)
     weight = {"transposed": torch.randn(D_IN, D_OUT).t(), "float64": weight.double()}.get(kind, weight)
     for _ in range(3):
-        assert prepacked.PACKED.of(weight) is None
+        assert packed_weights.PACKED.of(weight) is None
     assert packs() == 0
     if kind != "float64":  # which oneDNN does not multiply
         check(weight)
@@ -261,7 +261,7 @@ def test_where_a_packed_product_fails_the_plain_weight_is_multiplied(
 
     monkeypatch.setattr(onednn, "_failed", set())
     if when == "packing":
-        monkeypatch.setattr(prepacked, "PACKED", prepacked.PackedWeights())
+        monkeypatch.setattr(packed_weights, "PACKED", packed_weights.PackedWeights())
         monkeypatch.setattr(compat, "pack_onednn_weight", fail)
     else:
         monkeypatch.setattr(compat, "onednn_linear", lambda: fail)
@@ -272,17 +272,17 @@ def test_where_a_packed_product_fails_the_plain_weight_is_multiplied(
 
 def test_only_large_weights_of_the_right_dtypes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, large = torch.device("cpu"), (1024, 1024)
-    monkeypatch.setattr(gemm, "table", lambda: {"float32": gemm.MIN_FLOP})
-    assert gemm.prepacking_pays(cpu, torch.float32, large)
+    monkeypatch.setattr(choice, "table", lambda: {"float32": choice.MIN_FLOP})
+    assert choice.prepacking_pays(cpu, torch.float32, large)
     for sizes in ((64, 64), (None, 1024), (2, 1 << 20)):
-        assert not gemm.prepacking_pays(cpu, torch.float32, sizes)
+        assert not choice.prepacking_pays(cpu, torch.float32, sizes)
     for device, dtype in ((torch.device("cuda"), torch.float32), (cpu, torch.float64), (cpu, torch.float16)):
-        assert not gemm.prepacking_pays(device, dtype, large)
+        assert not choice.prepacking_pays(device, dtype, large)
     monkeypatch.setattr(onednn, "_failed", {torch.float32})
-    assert not gemm.prepacking_pays(cpu, torch.float32, large), "where oneDNN has failed"
+    assert not choice.prepacking_pays(cpu, torch.float32, large), "where oneDNN has failed"
     monkeypatch.setattr(onednn, "_failed", set())
-    monkeypatch.setattr(gemm, "table", dict)
-    assert not gemm.prepacking_pays(cpu, torch.float32, large), "where MKL is as fast"
+    monkeypatch.setattr(choice, "table", dict)
+    assert not choice.prepacking_pays(cpu, torch.float32, large), "where MKL is as fast"
     for fast in (False, True):
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, fast=fast: fast)
-        assert gemm.prepacking_pays(cpu, torch.bfloat16, large) == fast
+        assert choice.prepacking_pays(cpu, torch.bfloat16, large) == fast

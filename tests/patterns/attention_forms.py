@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nn.quantized_samples import SAMPLES, Sample
+from tests.quantization.samples import SAMPLES, Sample
 
 MASK = torch.tensor([[False, True, False, False, True], [False] * 5])
 BIAS = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(1))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuse_pass.graph.expression import same, same_structure
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.patterns.activation_forms import normal_form
 from fuse_pass.report import Reason
 from tests.patterns.truth import assert_agrees, assert_fused_like_eager, eager, fused, leaves

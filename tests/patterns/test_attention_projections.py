@@ -15,9 +15,9 @@ from fuse_pass.backend import FuseBackend
 from fuse_pass.patterns import dense
 from fuse_pass.report import Reason
 from tests.capture import Captured, capture
-from tests.nn.quantized_samples import Sample
 from tests.patterns.attention_forms import every_form
 from tests.patterns.truth import assert_fused_like_eager
+from tests.quantization.samples import Sample
 
 
 @pytest.fixture(autouse=True)

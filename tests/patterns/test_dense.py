@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuse_pass.backend import FuseBackend
+from fuse_pass.gemm import choice
+from fuse_pass.gemm.product import pays
 from fuse_pass.graph.view import GraphView
-from fuse_pass.inductor import gemm
-from fuse_pass.ops.dense import Dense, pays
+from fuse_pass.ops.dense import Dense
 from fuse_pass.patterns import dense, spellings
 from fuse_pass.patterns.pattern import Candidate, tensor
 from fuse_pass.report import Reason
@@ -86,9 +87,9 @@ def test_the_question_is_asked_with_the_sizes_and_dtype_of_the_product(monkeypat
 
 
 def test_small_thin_and_foreign_products_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuse_pass.ops.dense import pays
+    from fuse_pass.gemm.product import pays
 
-    monkeypatch.setattr(gemm, "table", lambda: {"float32": 1 << 22})
+    monkeypatch.setattr(choice, "table", lambda: {"float32": 1 << 22})
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     large = (512, 768, 768)
     assert pays(cpu, torch.float32, large)
@@ -98,18 +99,18 @@ def test_small_thin_and_foreign_products_do_not_pay(monkeypatch: pytest.MonkeyPa
     assert not pays(cpu, torch.float64, large)
     assert not pays(cpu, torch.bfloat16, large)
     assert not pays(cuda, torch.float32, large)
-    monkeypatch.setattr(gemm, "table", lambda: {"float32": 1 << 22, "float32+activation": 1 << 22})
+    monkeypatch.setattr(choice, "table", lambda: {"float32": 1 << 22, "float32+activation": 1 << 22})
     assert pays(cpu, torch.float32, large, act="gelu")
     assert not pays(cpu, torch.float32, large, act="mish"), "the library has none"
 
 
 def test_the_table_decides_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuse_pass.ops.dense import pays
+    from fuse_pass.gemm.product import pays
 
     monkeypatch.setattr(dense, "pays", pays)
     model, x = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), nn.Linear(128, 4)), torch.randn(300, 128)
     for table, count in (({"float32": 1 << 22}, 1), ({"float32": 1 << 40}, 0), ({}, 0)):
-        monkeypatch.setattr(gemm, "table", lambda table=table: table)
+        monkeypatch.setattr(choice, "table", lambda table=table: table)
         assert capture(model, x).report.counts()["dense"] == count, table
 
 

@@ -237,7 +237,7 @@ def test_both_blocks_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["separate", "merged"])
-def test_quantised_values_are_quantised_inside(merged: bool) -> None:
+def test_quantized_values_are_quantized_inside(merged: bool) -> None:
     """The same numbers as with the quantisation alone, in value and in gradient."""
 
     def of_halves(x: Tensor, w: Tensor, b: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 import fuse_pass
 from fuse_pass import FuseBackend, QuantSpec, Reason, convert, fake_quantize
 from tests.capture import Captured, capture
-from tests.nn.quantized_samples import Sample
 from tests.patterns.attention_forms import every_form
+from tests.quantization.samples import Sample
 
 FP8 = QuantSpec.uniform("fp8_e4m3")
 EXACT = QuantSpec.uniform("fp32")
 
 
-def quantised(function: Any, *inputs: Any, spec: Any = FP8, **options: Any) -> Captured:
+def quantized(function: Any, *inputs: Any, spec: Any = FP8, **options: Any) -> Captured:
     return capture(function, *inputs, backend=FuseBackend(quantize=spec, strict=True), fullgraph=True, **options)
 
 
@@ -41,7 +41,7 @@ def test_the_bits_of_convert(form: Sample, spec: Any) -> None:
     captured: list[Captured] = []
 
     def ours(*inputs: Tensor) -> Any:
-        captured.append(quantised(lambda *x: layer(*x, **form.call), *inputs, spec=spec))
+        captured.append(quantized(lambda *x: layer(*x, **form.call), *inputs, spec=spec))
         return captured[-1].output
 
     mine = run(ours, inputs, layer)
@@ -62,7 +62,7 @@ def test_equals_pytorch_where_the_format_holds_every_value(form: Sample) -> None
         name: value for name, value in form.call.items() if isinstance(value, Tensor) and value.is_floating_point()
     }
     call = {**form.call, **{name: mask.double() for name, mask in masks.items()}}
-    mine = run(lambda *x: quantised(lambda *x: layer(*x, **call), *x, spec=spec).output, inputs, layer)
+    mine = run(lambda *x: quantized(lambda *x: layer(*x, **call), *x, spec=spec).output, inputs, layer)
     theirs = run(lambda *x: layer(*x, **call), inputs, layer)
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
@@ -73,7 +73,7 @@ def test_dropout_is_that_of_pytorch(dynamic: bool, training: bool) -> None:
     layer, x = nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True).train(training), torch.randn(2, 5, 8)
     converted = convert(layer, FP8)
     torch.manual_seed(3)
-    captured = quantised(lambda x: layer(x, x, x), x, dynamic=dynamic)
+    captured = quantized(lambda x: layer(x, x, x), x, dynamic=dynamic)
     torch.manual_seed(3)
     for a, b in zip(captured.output, converted(x, x, x), strict=True):
         assert torch.equal(a, b)
@@ -81,10 +81,10 @@ def test_dropout_is_that_of_pytorch(dynamic: bool, training: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_operands_are_quantised_once(dynamic: bool) -> None:
+def test_operands_are_quantized_once(dynamic: bool) -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
     x = torch.randn(2, 5, 8)
-    captured = quantised(
+    captured = quantized(
         lambda x: layer(x, x, x)[0] + layer(x, x, x)[0], x, spec=QuantSpec("fp16", "fp16", "fp16"), dynamic=dynamic
     )
     assert captured.report.counts() == {"fake_quant": 2}
@@ -96,7 +96,7 @@ def test_autocast() -> None:
     layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
     converted = convert(layer, FP8)
     with torch.autocast("cpu", torch.bfloat16):
-        captured, expected = quantised(lambda x: layer(x, x, x), x), converted(x, x, x)
+        captured, expected = quantized(lambda x: layer(x, x, x), x), converted(x, x, x)
     for a, b in zip(captured.output, expected, strict=True):
         assert a.dtype is b.dtype
         assert torch.equal(a, b)
@@ -122,7 +122,7 @@ def test_keys_from_outside_stay_one_call() -> None:
             layer.out_proj.bias, static_k=keys, static_v=keys,
         )[0]  # fmt: skip
 
-    captured = quantised(call, x)
+    captured = quantized(call, x)
     (decline,) = captured.report.declines
     assert decline.reason is Reason.OPAQUE
     assert "keys or values from outside" in decline.detail
@@ -150,7 +150,7 @@ class ByHand(nn.Module):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_by_hand_has_the_bits_of_the_layer(is_causal: bool) -> None:
     layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
-    captured = quantised(ByHand(layer, is_causal=is_causal), x)
+    captured = quantized(ByHand(layer, is_causal=is_causal), x)
     assert captured.report.counts() == {"fake_quant": 5}
     mask = {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)} if is_causal else {}
     assert torch.equal(captured.output, convert(layer, FP8)(x, x, x, **mask)[0])
@@ -176,7 +176,7 @@ def test_every_option_of_dot_product_attention(options: dict[str, Any], dynamic:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, **options)
 
-    captured = quantised(call, q, k, v, spec=QuantSpec(output="fp64"), dynamic=dynamic)
+    captured = quantized(call, q, k, v, spec=QuantSpec(output="fp64"), dynamic=dynamic)
     assert captured.report.counts() == {"fake_quant": 1}
     assert not [
         node for gm in captured.rewritten for node in gm.graph.nodes if node.target is F.scaled_dot_product_attention
@@ -191,7 +191,7 @@ def test_every_option_of_dot_product_attention(options: dict[str, Any], dynamic:
 @pytest.mark.parametrize("shape", [(2, 3, 6), (3, 6), (2, 4, 0, 6)])
 def test_ranks_and_empty_tensors(shape: tuple[int, ...]) -> None:
     q, k = torch.randn(shape), torch.randn(*shape[:-2], 5, 6)
-    captured = quantised(F.scaled_dot_product_attention, q, k, k, spec=QuantSpec(output="fp32"))
+    captured = quantized(F.scaled_dot_product_attention, q, k, k, spec=QuantSpec(output="fp32"))
     torch.testing.assert_close(captured.output, F.scaled_dot_product_attention(q, k, k))
 
 
@@ -201,7 +201,7 @@ def test_grouped_queries() -> None:
     def call(q: Tensor, k: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 
-    torch.testing.assert_close(quantised(call, q, k, spec=EXACT).output, call(q, k))
+    torch.testing.assert_close(quantized(call, q, k, spec=EXACT).output, call(q, k))
 
 
 def test_dropout_of_dot_product_attention() -> None:
@@ -210,7 +210,7 @@ def test_dropout_of_dot_product_attention() -> None:
     def probabilities(q: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, v, dropout_p=0.25)
 
-    found = quantised(probabilities, q, eye, spec=QuantSpec(output="fp32")).output * 40
+    found = quantized(probabilities, q, eye, spec=QuantSpec(output="fp32")).output * 40
     kept = found != 0
     assert kept.float().mean().item() == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / kept.numel()) ** 0.5)
     torch.testing.assert_close(found[kept], torch.full_like(found[kept], 1 / 0.75))
@@ -218,18 +218,18 @@ def test_dropout_of_dot_product_attention() -> None:
 
 def test_probabilities_are_numbers_of_the_format() -> None:
     q, eye = torch.randn(2, 5, 8), torch.eye(5).expand(2, 5, 5)
-    context = quantised(F.scaled_dot_product_attention, q, q, eye, spec=QuantSpec(output="fp4_e2m1")).output
+    context = quantized(F.scaled_dot_product_attention, q, q, eye, spec=QuantSpec(output="fp4_e2m1")).output
     scores = fake_quantize((q * 8**-0.5) @ q.mT, "fp4_e2m1")
     assert torch.equal(context, fake_quantize(scores.softmax(-1), "fp4_e2m1"))
     assert not torch.equal(context, fake_quantize(F.scaled_dot_product_attention(q, q, eye), "fp4_e2m1"))
 
 
-def test_without_quantised_results_the_call_stays() -> None:
+def test_without_quantized_results_the_call_stays() -> None:
     q = torch.randn(2, 5, 8)
-    captured = quantised(F.scaled_dot_product_attention, q, q, q, spec="int8")
+    captured = quantized(F.scaled_dot_product_attention, q, q, q, spec="int8")
     assert captured.report.counts() == {"fake_quant": 1}
-    quantised_q = fake_quantize(q, "int8")
-    torch.testing.assert_close(captured.output, F.scaled_dot_product_attention(quantised_q, quantised_q, quantised_q))
+    quantized_q = fake_quantize(q, "int8")
+    torch.testing.assert_close(captured.output, F.scaled_dot_product_attention(quantized_q, quantized_q, quantized_q))
 
 
 @pytest.mark.parametrize("name", ["fp4_e2m1", "fp8_e4m3", "fixed7_8", "mxfp4", "int8"])
@@ -238,11 +238,11 @@ def test_what_is_masked_stays_out_of_formats_without_infinity(name: str, blocked
     """Scores of −6 need more than fp4's most negative number as a mask, and −inf makes no scale of integers."""
     q, values = torch.full((1, 2, 8), 1.5), torch.eye(2)[None]
     mask, spec = torch.tensor([[0.0, blocked], [blocked, 0.0]]), QuantSpec(output=name)
-    captured = quantised(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), q, -q, values, spec=spec)
+    captured = quantized(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), q, -q, values, spec=spec)
     assert torch.equal(captured.output, fake_quantize(values, name))
 
 
-def test_a_layer_that_is_the_whole_model_is_quantised_once() -> None:
+def test_a_layer_that_is_the_whole_model_is_quantized_once() -> None:
     """Its operations are in no module stack; `fuse_pass.compile` converts it, and the graph is left as it is."""
     layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
     spec = QuantSpec(input="fp8_e4m3", weight="fp8_e4m3")

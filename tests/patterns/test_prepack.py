@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fuse_pass
 from fuse_pass.backend import FuseBackend
-from fuse_pass.inductor import compat, onednn
-from fuse_pass.ops import dense as products
-from fuse_pass.ops import prepacked
+from fuse_pass.gemm import onednn, packed_weights
+from fuse_pass.gemm import product as products
+from fuse_pass.inductor import compat
 from fuse_pass.ops.fused_op import declaration_of
 from fuse_pass.ops.prepacked import DensePrepacked
 from fuse_pass.patterns import prepack
@@ -141,7 +141,7 @@ def test_with_gradients_nothing_is_packed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.processor)])
 @pytest.mark.parametrize("name", ["feed-forward", "gated", "tied"])
 def test_compiled_never_stale(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepacked, "PACKED", prepacked.PackedWeights())
+    monkeypatch.setattr(packed_weights, "PACKED", packed_weights.PackedWeights())
     model = MODELS[name][0]().to(dtype)
     compiled = torch.compile(model, backend=FuseBackend(prepack=True, strict=True), dynamic=True)
     parameters = list(model.parameters())
@@ -151,14 +151,14 @@ def test_compiled_never_stale(name: str, dtype: torch.dtype, monkeypatch: pytest
             torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
             if step == 2:
                 matrices = {id(p) for p in parameters if p.dim() == 2}
-                assert len(prepacked.PACKED) == len(matrices) * onednn.multiplies(dtype)
+                assert len(packed_weights.PACKED) == len(matrices) * onednn.multiplies(dtype)
                 torch._foreach_mul_(parameters, -1.5)
             if step == 3:
                 model.load_state_dict({key: value * 0.5 for key, value in model.state_dict().items()})
     del compiled, model, parameters
     torch._dynamo.reset()
     gc.collect()
-    assert len(prepacked.PACKED) == 0
+    assert len(packed_weights.PACKED) == 0
 
 
 def test_the_option_may_be_given_to_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fuse_pass.ops import rng
+from fuse_pass.numerics import random_bits
 from fuse_pass.report import Decline, Reason, Report
 from fuse_pass.testing.precision import allowed_error, error
 from tests.capture import Captured, capture
@@ -39,7 +39,7 @@ class SameDropout(TorchFunctionMode):
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return x
-        keep = rng.keep_mask(self.seed, x.numel(), 1, p).view(x.shape)
+        keep = random_bits.keep_mask(self.seed, x.numel(), 1, p).view(x.shape)
         dropped = torch.where(keep, x * (1 / (1 - p)) if p < 1 else x, 0.0)
         return x.copy_(dropped) if inplace else dropped
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fuse_pass import BitLinear, FloatFormat, Granularity, QuantSpec, Site, convert
-from fuse_pass.nn.quantized import LAYER_FOR, QuantizedLayer
+from fuse_pass.quantization.layers import LAYER_FOR, QuantizedLayer
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 

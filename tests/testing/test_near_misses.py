@@ -39,7 +39,7 @@ PRODUCED_BY: dict[Reason, Callable[[Builder], Any]] = {
     Reason.NO_SECOND_LINEAR: near_misses.almost_an_activation,
     Reason.COST: surroundings.columns_normed,
     Reason.OPAQUE: surroundings.hidden_in_a_layer,
-    Reason.QUANTIZATION: surroundings.quantised_inside,
+    Reason.QUANTIZATION: surroundings.quantized_inside,
 }
 
 

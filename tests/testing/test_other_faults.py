@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fuse_pass import FuseBackend, machine
-from fuse_pass.inductor import gemm
-from fuse_pass.ops import rng
+from fuse_pass import FuseBackend
+from fuse_pass.gemm import choice, machine
+from fuse_pass.numerics import random_bits
+from fuse_pass.ops.dropout_norm import Settings as NormSettings
 from fuse_pass.testing.builder import Builder
 from fuse_pass.testing.fuzz import fuzz
 from fuse_pass.testing.generate import generate
@@ -59,15 +60,15 @@ def gradients_are_right_on_a_small_budget() -> None:
 
 
 def variance_as_a_difference(
-    z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, normalized_dims: int, norm: str,
-    dtype: torch.dtype, *rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    settings: NormSettings, z: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The corrected two-pass algorithm, `mean((x - m)²) - mean(x - m)²`, which rounding can take below -eps."""
+    dtype = settings.dtype_of(z)
     wide, size = z.to(dtype).to(torch.promote_types(dtype, torch.float32)), z.shape[-1]
     estimate = wide.sum(-1, keepdim=True) * (1 / size)
     wide = wide - estimate
     error = wide.sum(-1, keepdim=True) * (1 / size)
-    rstd = torch.rsqrt((wide * wide).sum(-1, keepdim=True) * (1 / size) - error * error + eps)
+    rstd = torch.rsqrt((wide * wide).sum(-1, keepdim=True) * (1 / size) - error * error + settings.eps)
     y = (wide - error) * rstd
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
@@ -93,24 +94,24 @@ def constant_rows_are_right() -> None:
 
 def seeds_keep_different_numbers_of_elements() -> None:
     """With a count of elements that is a power of two, where an exchange of them by their bits stays among them."""
-    kept = {int(rng.keep_mask(torch.tensor(seed), 64, 64, 0.5).sum()) for seed in range(32)}
+    kept = {int(random_bits.keep_mask(torch.tensor(seed), 64, 64, 0.5).sum()) for seed in range(32)}
     assert len(kept) > 8
 
 
 def a_table_is_of_one_processor() -> None:
     """Of the same name as another, which lacks some of its instructions."""
-    here = gemm._cache_file()
+    here = choice._cache_file()
     info = {**machine._cpu_info(), "flags": "fpu sse4_2 avx avx2 fma", "Features": "asimd"}
     machine.processor.cache_clear()
     try:
         with mock.patch.object(machine, "_cpu_info", return_value=info):
-            there = gemm._cache_file()
+            there = choice._cache_file()
     finally:
         machine.processor.cache_clear()
     assert here != there
 
 
-def past_the_recompile_limit_nothing_is_unquantised() -> None:
+def past_the_recompile_limit_nothing_is_unquantized() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=FuseBackend(quantize="int4"), dynamic=False)
@@ -127,7 +128,7 @@ def past_the_recompile_limit_nothing_is_unquantised() -> None:
 OTHER_FAULTS: tuple[OtherFault, ...] = (
     OtherFault(
         "a variance that is a difference",
-        {"fuse_pass.ops.dropout_norm._normalise": variance_as_a_difference},
+        {"fuse_pass.ops.dropout_norm.Settings.normalised": variance_as_a_difference},
         constant_rows_are_right,
         (pytest.mark.slow,),
     ),
@@ -139,18 +140,18 @@ OTHER_FAULTS: tuple[OtherFault, ...] = (
     ),
     OtherFault(
         "the low half of a seed is not mixed",
-        {"fuse_pass.ops.rng._mixed": torch.zeros_like},
+        {"fuse_pass.numerics.random_bits._mixed": torch.zeros_like},
         seeds_keep_different_numbers_of_elements,
     ),
     OtherFault(
         "the file of GEMM measurements does not know the instructions",
-        {"fuse_pass.inductor.gemm.processor": machine.cpu_name},
+        {"fuse_pass.gemm.choice.processor": machine.cpu_name},
         a_table_is_of_one_processor,
     ),
     OtherFault(
         "nobody watches the calls of a quantised model",
         {"fuse_pass.backend.FuseBackend.call_context": lambda self, options: None},
-        past_the_recompile_limit_nothing_is_unquantised,
+        past_the_recompile_limit_nothing_is_unquantized,
     ),
 )
 

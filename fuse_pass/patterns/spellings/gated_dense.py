@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.ops.activations import ACTIVATIONS
+from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.patterns.spellings.corpus import Corpus
 
 

@@ -1,0 +1,96 @@
+"""The rows of `bench` about number formats: what fake quantisation costs, against doing without it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fuse_pass.backend import FuseBackend
+from fuse_pass.bench.contenders import Step, own_function, placed
+from fuse_pass.bench.rows import Row, bert
+from fuse_pass.commands import timing
+from fuse_pass.commands.named_models import Example
+from fuse_pass.quantization.functional import fake_quantize
+
+# Not a power of two: with 4 × 2^20 elements input and output may lie 4 KiB apart, which costs some kernels half their
+# speed and others nothing.
+_ELEMENTS = 4 * 1024 * 1024 + 5136
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One line: what is measured, and what it is measured against.
+
+    Attributes:
+        name: what is measured.
+        baseline: what it is compared with.
+        build: the two calls, ours and the baseline.
+        needs: a package without which there is no baseline.
+        rounds: the fewest to measure.
+        is_reference: whether it is made of a reference model, which only a checkout has.
+    """
+
+    name: str
+    baseline: str
+    build: Callable[[str], tuple[Callable[[], object], Callable[[], object]]]
+    needs: str | None = None
+    rounds: int = timing.MIN_ROUNDS
+    is_reference: bool = False
+
+    @property
+    def is_available(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+
+def _alone(fmt: str, rounding: str = "nearest") -> Cost:
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        x = torch.randn(_ELEMENTS, device=device)
+        ours = torch.compile(lambda x: fake_quantize(x, fmt, rounding=rounding))
+        copied = torch.compile(lambda x: x * 2)
+        return lambda: ours(x), lambda: copied(x)
+
+    return Cost(f"numbers/fake_quantize/{fmt}/{rounding}", "x * 2", build)
+
+
+def _against_pychop() -> Cost:
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        from pychop import Chop
+
+        x = torch.randn(_ELEMENTS, device=device)
+        ours = torch.compile(lambda x: fake_quantize(x, "fp8_e5m2"))
+        theirs = Chop(exp_bits=5, sig_bits=2, rmode=1)
+        return lambda: ours(x), lambda: theirs(x)
+
+    return Cost("numbers/fake_quantize/fp8_e5m2/pychop", "pychop", build, needs="pychop")
+
+
+def _training(fmt: str) -> Cost:
+    """A training step of four BERT layers with weights and activations in a format, against the same in float32."""
+
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        quantized, plain = (_training_step(FuseBackend(quantize=spec), device) for spec in (fmt, None))
+        return quantized, plain
+
+    return Cost(f"numbers/training/bert/{fmt}", "float32", build, is_reference=True)
+
+
+def _training_step(backend: FuseBackend, device: str) -> Step:
+    built = bert()
+    example = Example(built.model.to(device), placed(built.args, device))
+    row = Row("bert", bert, train=True)
+    return Step(torch.compile(own_function(example.model), backend=backend), example, row)
+
+
+COSTS = (
+    _alone("fp8_e4m3"),
+    _alone("fp8_e5m2"),
+    _alone("fp8_e4m3", "stoc_prop"),
+    _alone("bf16"),
+    _alone("int8"),
+    _alone("mxfp4"),
+    _against_pychop(),
+    _training("fp8_e4m3"),
+)

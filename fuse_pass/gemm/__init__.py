@@ -1,0 +1,1 @@
+"""Who multiplies: the choice of a library by measurement, the products, packed weights, this machine."""

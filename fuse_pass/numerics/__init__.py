@@ -1,0 +1,1 @@
+"""Exact arithmetic on tensors: number formats, rounding, random bits, activations, attention."""

@@ -1,0 +1,35 @@
+"""What results are like: the dtype in which sums are made, the layout of a gradient, the rows of a Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fuse_pass.inductor import private
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, everything narrower is summed in float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def gradient_like(tensor: Tensor) -> Tensor:
+    """Uninitialised, with the shape and layout of a gradient of `tensor`."""
+    if tensor.dim() == 2 and is_column_major(tensor):
+        return tensor.new_empty(tensor.shape[::-1]).t()
+    return tensor.new_empty(tensor.shape)
+
+
+def is_column_major(matrix: Tensor) -> bool:
+    strides: list[int | None] = [stride if isinstance(stride, int) else None for stride in matrix.stride()]  # no guards
+    return strides[0] == 1 and strides[1] != 1
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`[..., features] → [rows, features]`; a single vector is one row."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def shaped_like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y [rows, features] → [..., features]`; no view for autograd: users may write into the result of a layer."""
+    return private.unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

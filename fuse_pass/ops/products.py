@@ -1,0 +1,26 @@
+"""The products of oneDNN as ops that stay one call in generated code."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fuse_pass.gemm import packed_weights
+from fuse_pass.gemm.product import gemm_fake, gemm_onednn
+from fuse_pass.ops.library import define
+
+
+def _gemm_prepacked(
+    a: Tensor, weight: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
+) -> Tensor:
+    return gemm_onednn(a, weight, bias, attribute, arguments, algorithm, packed=packed_weights.PACKED.of(weight))
+
+
+for _name, _body, _second in (("gemm", gemm_onednn, "b"), ("gemm_prepacked", _gemm_prepacked, "weight")):
+    define(
+        _name,
+        f"(Tensor a, Tensor {_second}, Tensor? bias, str attribute, float[] arguments, str algorithm) -> Tensor",
+        body=_body,
+        fake=gemm_fake,
+        dispatch_key="CPU",
+        decompose=False,
+    )

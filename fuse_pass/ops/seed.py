@@ -1,0 +1,43 @@
+"""The ops that draw a seed: at every call another one, following `torch.manual_seed`, kept for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fuse_pass.inductor import compat, private
+from fuse_pass.ops.library import LIBRARY, define
+
+
+def _draw(*, device: torch.device) -> Tensor:
+    return compat.inductor_seed(device)
+
+
+seed = define(
+    "seed",
+    # By name alone: there PyTorch's checkpoints look for it, to know whose generator to set back.
+    "(*, Device device) -> Tensor",
+    body=_draw,
+    fake=lambda *, device: torch.empty((), dtype=torch.int64, device=device),
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+def _take(seed: Tensor, *, device: torch.device) -> Tensor:
+    # Inductor removes plain copies, and then their marks.
+    return seed.to(device).bitwise_not().bitwise_not()
+
+
+taken = define(
+    "taken_seed",
+    "(Tensor seed, *, Device device) -> Tensor",
+    body=_take,
+    fake=lambda seed, *, device: torch.empty_like(seed, device=device),
+)
+"""A copy of a seed that is about to be moved on."""
+
+# Inductor keeps draws apart by itself; with other compilers of a training graph all dropouts would share one mask.
+compat.never_merge(torch.ops.fuse_pass.seed, private.prims.inductor_seed)
+# Drawn again in backward, or read from what has been moved on since, they would be other masks.
+compat.never_recomputed(seed, LIBRARY)
+compat.never_recomputed(taken, LIBRARY)

@@ -1,0 +1,1 @@
+"""Where fake quantisation belongs in a graph, and putting it there."""

@@ -1,0 +1,1 @@
+"""Fake quantisation of values and layers: functions, observers, calibration, conversion, Quantized* layers."""
