@@ -20,7 +20,7 @@ RUN := PYTHONPATH='$(CURDIR)' $(BIN)/python -m
 # A processor that offers less than this one: no AVX-512, no products in half types. What it compiles stays apart.
 OTHER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/other-cpu-cache
 
-.PHONY: demo test test-other-cpu slow forms environment lint bench readme clean
+.PHONY: demo test test-other-cpu slow forms environment lint bench figures docs clean
 
 demo: $(VENV)/demo
 	$(RUN) fuse_pass demo
@@ -50,9 +50,12 @@ lint: $(VENV)/dev
 bench: $(VENV)/demo
 	$(RUN) fuse_pass bench
 
-# README.md shows the committed run: after `python -m fuse_pass bench all --json benchmarks.json`.
-readme: $(VENV)/demo
-	$(RUN) fuse_pass bench --from benchmarks.json --readme README.md
+# docs/benchmarks.md shows the committed run: after `python -m fuse_pass bench all --json benchmarks.json`.
+figures: $(VENV)/demo
+	$(RUN) fuse_pass bench --from benchmarks.json --readme docs/benchmarks.md
+
+docs: $(VENV)/docs
+	PYTHONPATH='$(CURDIR)' $(BIN)/mkdocs build --strict --site-dir build/docs
 
 $(VENV)/constraints.txt:
 	mkdir -p $(VENV)
@@ -74,6 +77,10 @@ $(VENV)/test: $(VENV)/python pyproject.toml
 
 $(VENV)/dev: $(VENV)/python pyproject.toml
 	$(PIP) --editable '.[dev]' $(DETACH)
+	touch $@
+
+$(VENV)/docs: $(VENV)/python pyproject.toml
+	$(PIP) --editable '.[docs]' $(DETACH)
 	touch $@
 
 clean:

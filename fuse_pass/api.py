@@ -105,7 +105,7 @@ def _kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         return function(*args, **kwargs)
 
-    return torch.compiler.disable(run, reason="quantize= of fuse_pass needs a graph of its own")  # type: ignore[no-any-return, no-untyped-call]
+    return torch.compiler.disable(run, reason="quantize= of fuse_pass needs a graph of its own")  # type: ignore[no-any-return]
 
 
 def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ Monomial = tuple[tuple[Atom, int], ...]
 # Sum of (monomial, coefficient), sorted.
 Polynomial = tuple[tuple[Monomial, float], ...]
 
-VARIABLE: Polynomial = (((((("x", (), ())), 1),), 1.0),)  # type: ignore[assignment]
+VARIABLE: Polynomial = (((((("x", (), ())), 1),), 1.0),)
 
 MAX_NODES = 24
 MAX_TERMS = 16

@@ -271,7 +271,7 @@ def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], .
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:
     """Inductor as a callable (graph module, example inputs) → compiled function; its `.config` holds the patches."""
-    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)  # type: ignore[attr-defined]
+    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)
 
 
 # --- calls of compiled functions --------------------------------------------------------------------------------------

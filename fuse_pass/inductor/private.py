@@ -201,7 +201,7 @@ def lazy_graph_module(module: GraphModule, graph: Graph) -> GraphModule:
 def share_source(original: Node, twin: Node) -> None:
     """Lets a node know as well where in the user's program its value comes from, if the original does."""
     if hasattr(original, "_dynamo_source"):
-        twin._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+        twin._dynamo_source = original._dynamo_source
 
 
 def has_policy(body: GraphModule) -> bool:

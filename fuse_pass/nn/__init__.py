@@ -2,9 +2,10 @@
 
 from fuse_pass.nn.fused_dense_gelu_dense import FusedDenseGELUDense
 from fuse_pass.nn.fused_dropout_layer_norm import FusedDropoutLayerNorm
-from fuse_pass.quantization import layers as quantized
+from fuse_pass.quantization import layers
 from fuse_pass.quantization.layers import *  # noqa: F403 - every Quantized* layer
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
 
-__all__ = ["BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", *quantized.__all__]
+__all__ = ["BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear"]
+__all__ += layers.__all__

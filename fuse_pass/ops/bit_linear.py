@@ -214,7 +214,7 @@ class _StraightThrough(torch.autograd.Function):
         """Nothing is needed for backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's takes *args
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -37,7 +37,7 @@ import enum
 import functools
 import itertools
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -298,14 +298,14 @@ def _register_backward(name: str, gradients: type[Gradients]) -> private.OpOverl
         needed = {name for name, is_needed in zip(gradients.of, args[place], strict=True) if is_needed}
         return gradients.of_call((*args[incoming:place], *args[place + 1 :])), needed, args[:incoming]
 
-    def body(*args: Any) -> tuple[Tensor, ...]:
+    def body(*args: Any) -> Any:
         arguments, needed, grads = read(args)
         found = arguments.backward(needed, *grads)
-        return tuple(found[name] if name in needed else _nothing(args) for name in gradients.of)
+        return _as_results(found[name] if name in needed else _nothing(args) for name in gradients.of)
 
-    def fake(*args: Any) -> tuple[Tensor, ...]:
+    def fake(*args: Any) -> Any:
         arguments, needed, grads = read(args)
-        return tuple(arguments.like(name, *grads) if name in needed else _nothing(args) for name in gradients.of)
+        return _as_results(arguments.like(name, *grads) if name in needed else _nothing(args) for name in gradients.of)
 
     results = ", ".join(["Tensor"] * len(gradients.of))
     made = define(name, f"({', '.join(parts)}) -> ({results})", body, fake)
@@ -313,6 +313,12 @@ def _register_backward(name: str, gradients: type[Gradients]) -> private.OpOverl
         for device_type in ("cpu", "cuda"):
             define_autocast(made, device_type, lambda op, *args: op(*args))
     return made
+
+
+def _as_results(values: Iterable[Tensor]) -> Any:
+    """As an op returns them: one by itself, several together."""
+    results = tuple(values)
+    return results if len(results) > 1 else results[0]
 
 
 def _nothing(args: Sequence[Any]) -> Tensor:
@@ -372,7 +378,8 @@ class _Autograd:
         values, names = kept.arguments(), self._gradients.of
         required = sum(argument.default is MISSING for argument in arguments_of(self._gradients))
         values.insert(required, [name in wanted for name in names])
-        return dict(zip(names, op(*grads, *values), strict=True))
+        results = op(*grads, *values)
+        return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
 
     def _by_name(self, arguments: FusedOp, results: tuple[Tensor, ...]) -> Gradients:
         return self._gradients.of_call((), arguments.named() | dict(zip(self._op.results, results, strict=True)))

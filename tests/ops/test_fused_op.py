@@ -107,6 +107,32 @@ class ShiftedGradients(Gradients):
         return {"x": grad_y * self.factor}
 
 
+@dataclass(frozen=True)
+class Doubled(FusedOp):
+    """y = 2 x: one argument, one gradient."""
+
+    x: Tensor
+
+    def forward(self) -> Tensor:
+        return 2 * self.x
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+
+@dataclass(frozen=True)
+class DoubledGradients(Gradients):
+    of = ("x",)
+
+    x: Tensor
+
+    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return {"x": 2 * grad_y}
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return self.backward(needed, grad_y)
+
+
 asked_for: list[frozenset[str]] = []
 
 
@@ -119,6 +145,7 @@ def registered() -> Iterator[None]:
     ):
         fused_op.register("test_scaled", Scaled, ScaledGradients)
         fused_op.register("test_shifted", Shifted, ShiftedGradients)
+        fused_op.register("test_doubled", Doubled, DoubledGradients)
         yield
 
 
@@ -153,6 +180,14 @@ def test_gradients_of_both_orders() -> None:
 
     assert torch.autograd.gradcheck(call, example())
     assert torch.autograd.gradgradcheck(call, example())
+
+
+def test_a_single_gradient() -> None:
+    call = torch.ops.fuse_pass.test_doubled
+    assert schema("test_doubled_backward").endswith("bool[1] output_mask) -> Tensor")
+    assert torch.autograd.gradcheck(call, example()[:1])
+    assert torch.autograd.gradgradcheck(call, example()[:1])
+    torch.library.opcheck(call.default, example()[:1])
 
 
 def test_a_gradient_that_is_no_op() -> None:

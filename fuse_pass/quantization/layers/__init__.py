@@ -74,72 +74,6 @@ from fuse_pass.quantization.layers.pooling import (
 )
 from fuse_pass.quantization.layers.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRNN
 
-LAYER_FOR: dict[type[nn.Module], type[QuantizedLayer]] = {
-    layer.float_type: layer
-    for layer in (
-        QuantizedCELU,
-        QuantizedELU,
-        QuantizedGELU,
-        QuantizedGLU,
-        QuantizedHardsigmoid,
-        QuantizedHardswish,
-        QuantizedHardtanh,
-        QuantizedLeakyReLU,
-        QuantizedLogSigmoid,
-        QuantizedLogSoftmax,
-        QuantizedMish,
-        QuantizedPReLU,
-        QuantizedReLU,
-        QuantizedReLU6,
-        QuantizedSELU,
-        QuantizedSiLU,
-        QuantizedSigmoid,
-        QuantizedSoftmax,
-        QuantizedSoftplus,
-        QuantizedSoftsign,
-        QuantizedTanh,
-        QuantizedMultiheadAttention,
-        QuantizedConv1d,
-        QuantizedConv2d,
-        QuantizedConv3d,
-        QuantizedConvTranspose1d,
-        QuantizedConvTranspose2d,
-        QuantizedConvTranspose3d,
-        QuantizedAlphaDropout,
-        QuantizedDropout,
-        QuantizedDropout1d,
-        QuantizedDropout2d,
-        QuantizedDropout3d,
-        QuantizedEmbedding,
-        QuantizedLinear,
-        QuantizedBatchNorm1d,
-        QuantizedBatchNorm2d,
-        QuantizedBatchNorm3d,
-        QuantizedGroupNorm,
-        QuantizedInstanceNorm1d,
-        QuantizedInstanceNorm2d,
-        QuantizedInstanceNorm3d,
-        QuantizedLayerNorm,
-        QuantizedRMSNorm,
-        QuantizedAdaptiveAvgPool1d,
-        QuantizedAdaptiveAvgPool2d,
-        QuantizedAdaptiveAvgPool3d,
-        QuantizedAdaptiveMaxPool1d,
-        QuantizedAdaptiveMaxPool2d,
-        QuantizedAdaptiveMaxPool3d,
-        QuantizedAvgPool1d,
-        QuantizedAvgPool2d,
-        QuantizedAvgPool3d,
-        QuantizedMaxPool1d,
-        QuantizedMaxPool2d,
-        QuantizedMaxPool3d,
-        QuantizedGRU,
-        QuantizedLSTM,
-        QuantizedRNN,
-    )
-}
-"""The quantised layer of every `torch.nn` type that has one."""
-
 __all__ = [
     "LAYER_FOR",
     "QuantizedAdaptiveAvgPool1d",
@@ -204,3 +138,9 @@ __all__ = [
     "QuantizedSoftsign",
     "QuantizedTanh",
 ]
+
+_LAYERS: tuple[type[QuantizedLayer], ...] = tuple(globals()[name] for name in __all__ if name.startswith("Quantized"))
+LAYER_FOR: dict[type[nn.Module], type[QuantizedLayer]] = {
+    layer.float_type: layer for layer in _LAYERS if layer is not QuantizedLayer
+}
+"""The layer that takes the place of another, by the type of the other."""

@@ -116,7 +116,7 @@ class QuantizedLayer(nn.Module):
                 continue
             if described is not None and described.takes_scale:
                 self.set_scale(site, state_dict[prefix + scale_name], state_dict.get(prefix + zero_name))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _at(self, name: str, x: Tensor) -> Tensor:
         site: Site | None = getattr(self.spec, name)

@@ -43,7 +43,7 @@ class _Convolution(QuantizedLayer):
             spec: what is quantised and how, instead of the format above.
             **of_torch: `dilation`, `groups`, `bias`, `padding_mode`, `output_padding`, `device` and `dtype`.
         """
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, **of_torch)  # type: ignore[call-arg]
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, **of_torch)
         self.spec = spec or simulated(exp_bits, sig_bits, rmode)
 
 

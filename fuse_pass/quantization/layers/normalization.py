@@ -132,7 +132,7 @@ class _BatchNorm(QuantizedLayer):
             spec: what is quantised and how, instead of the format above.
             **of_torch: `affine`, `track_running_stats`, `device` and `dtype`.
         """
-        super().__init__(num_features, eps, momentum, **of_torch)  # type: ignore[call-arg]
+        super().__init__(num_features, eps, momentum, **of_torch)
         self.spec = spec or simulated(exp_bits, sig_bits, rmode)
 
     def forward(self: Any, input: Tensor) -> Tensor:
