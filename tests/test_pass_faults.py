@@ -72,20 +72,20 @@ def after_replace(corruption: Callable[[Graph, Candidate], None]) -> Callable[[P
 
 def of_other_shape(editor: Editor, candidate: Candidate) -> None:
     with editor.at(candidate.outputs, candidate.nodes):
-        wrong = editor.call("flatten", candidate.inputs["x"])
+        wrong = editor.call("flatten", candidate.call.x)
     editor.replace(candidate.anchor, wrong)
 
 
 def of_other_strides(editor: Editor, candidate: Candidate) -> None:
     with editor.at(candidate.outputs, candidate.nodes):
-        there = editor.call("t", candidate.inputs["x"])
+        there = editor.call("t", candidate.call.x)
         wrong = editor.call("t", editor.call("contiguous", there))
     editor.replace(candidate.anchor, wrong)
 
 
 def of_other_dtype(editor: Editor, candidate: Candidate) -> None:
     with editor.at(candidate.outputs, candidate.nodes):
-        wrong = editor.call("double", candidate.inputs["x"])
+        wrong = editor.call("double", candidate.call.x)
     editor.replace(candidate.anchor, wrong)
 
 

@@ -161,8 +161,8 @@ def test_compiled_files_do_not_matter(package: Path) -> None:
 def test_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     """Hash randomisation of strings must not enter it."""
     program = (
-        "from fuse_pass.inductor import gemm; choice.table = lambda: {'float32': 'aten'}\n"
-        "from fuse_pass.inductor.cache_key import cache_key\n"
+        "from fuse_pass.gemm import choice; choice.table = lambda: {'float32': 'aten'}\n"
+        "from fuse_pass.joint.cache_key import cache_key\n"
         f"print(cache_key({OPTIONS!r}).hex())"
     )
     result = subprocess.run(

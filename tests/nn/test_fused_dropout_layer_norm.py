@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fuse_pass import FusedDropoutLayerNorm
 from fuse_pass.numerics import random_bits
+from fuse_pass.ops.seed import seed
 from tests.precision import assert_as_exact_as_eager
 
 DIM = 24
@@ -46,7 +47,7 @@ def test_values_and_gradients(dtype: torch.dtype, with_residual: bool, p: float)
     nn.init.normal_(layer.layer_norm.bias)
     inputs = [torch.randn(3, 5, DIM).to(dtype) for _ in range(2 if with_residual else 1)]
     torch.manual_seed(11)
-    keep = random_bits.keep_mask(random_bits.seed(device=torch.device("cpu")), 15, DIM, p).view(3, 5, DIM)
+    keep = random_bits.keep_mask(seed(device=torch.device("cpu")), 15, DIM, p).view(3, 5, DIM)
     assert p == 0 or 0.5 < keep.double().mean() < 0.9
 
     def reference(norm: nn.LayerNorm) -> Any:

@@ -79,7 +79,7 @@ def test_one_of_two_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_dense_it_stays_one_call() -> None:
     layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 2, 8)
-    backend = FuseBackend([name for name in FuseBackend().patterns if name != "dense"], strict=True)
+    backend = FuseBackend([name for name in FuseBackend().options.patterns if name != "dense"], strict=True)
     assert calls_left(capture(lambda x: layer(x, x, x)[0], x, backend=backend)) == 1
 
 

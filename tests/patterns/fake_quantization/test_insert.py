@@ -210,7 +210,7 @@ def test_configuration() -> None:
     assert FuseBackend(quantize="fp16") == FuseBackend(quantize=QuantSpec.uniform("fp16"))
     assert FuseBackend(quantize="fp16") != fuse_backend
     assert hash(FuseBackend(quantize="fp16")) == hash(FuseBackend(quantize="fp16"))
-    assert FuseBackend(quantize=QuantSpec(input=Site("int8"))).quantize.input.format.name == "int8"
+    assert FuseBackend(quantize=QuantSpec(input=Site("int8"))).options.quantize.input.format.name == "int8"
     with pytest.raises(ValueError, match="unknown format 'fp17'"):
         FuseBackend(quantize="fp17")
     with pytest.raises(ValueError, match="gradients are quantised in layers only"):
