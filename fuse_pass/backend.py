@@ -16,6 +16,7 @@ import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
+from fuse_pass.graph.shapes import value_of
 from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, input_checks, precompile, private
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
@@ -34,7 +35,8 @@ from fuse_pass.report import Decline, Note, Reason, Report, publish
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
 
 # Higher-order ops whose bodies are ordinary graphs, and in which a seed is drawn once and kept for backward.
-_OPEN_BODIES = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
+_CHECKPOINT = "tag_activation_checkpoint"
+_OPEN_BODIES = (_CHECKPOINT, "invoke_subgraph", "wrap")
 
 
 class FuseBackend:
@@ -158,10 +160,11 @@ class FuseBackend:
             for graph, _, _ in graphs:
                 hoist_scalars(graph)
                 forget_identities(graph)
+            kept_input = _input_kept_for_backward(fused)
             for name, run in self._passes():
                 step = f"pattern {name}"
                 for graph, body_of, autocast in graphs:
-                    report.extend(run(graph, Situation(own_random_numbers, body_of, autocast)))
+                    report.extend(run(graph, Situation(own_random_numbers, body_of, autocast, kept_input)))
                 require_same_outputs(gm, fused)
                 if name == fake_quant.NAME and report.matches:
                     fallback, known = _recompiled(copy_graph_module(fused)), copy.deepcopy(report)
@@ -267,6 +270,26 @@ def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None, _Autocast]
     """Every graph of a module, the bodies of higher-order ops first, with what `Situation` tells about a body."""
     yield from _bodies(module, None, ())
     yield module.graph, None, ()
+
+
+def _input_kept_for_backward(module: GraphModule) -> str:
+    """The name of an input that PyTorch may keep for backward though the graph writes to it; empty if there is none.
+
+    With a memory budget below 1 its partitioner computes checkpoints again from their inputs, and does not see whether
+    these are written to before: backward then raises (torch 2.11 - 2.15; without us at a budget of 0, and with values
+    of ours that must be kept at any). So nothing is fused there.
+    """
+    has_checkpoints = any(str(node.target) == _CHECKPOINT for node in module.graph.nodes)
+    if not has_checkpoints or compat.memory_budget() >= 1:
+        return ""
+    view = GraphView(module.graph)
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        writes = [] if value is None else view.writes_to(value)
+        # Of the body of a higher-order op nothing is known: it is taken to write everywhere.
+        if any(not isinstance(write.target, private.HigherOrderOperator) for write in writes):
+            return str(node.name)
+    return ""
 
 
 def _chooses_what_to_keep(body: Any) -> bool:

@@ -229,19 +229,23 @@ class GraphView:
 
     def last_write(self, value: torch.Tensor) -> Node | None:
         """The last node that may write into the memory of a tensor."""
-        return self._last_writes.get(memory_of(value))
+        return next(reversed(self.writes_to(value)), None)
+
+    def writes_to(self, value: torch.Tensor) -> list[Node]:
+        """The nodes that may write into the memory of a tensor, in order."""
+        return self._writes.get(memory_of(value), [])
 
     @cached_property
-    def _last_writes(self) -> dict[int, Node]:
-        """The last node that may write into it, by storage."""
-        found = {}
+    def _writes(self) -> dict[int, list[Node]]:
+        """The nodes that may write into it, by storage."""
+        found: dict[int, list[Node]] = {}
         for node, reason in self._barriers[1]:
             op = self.op(node)
             reached = node.all_input_nodes if op is None or not op.in_place else [op["input"]]
             for written in reached if reason is Reason.MUTATION else ():
                 value = value_of(written)
                 if value is not None and value.layout is torch.strided:  # others have no one storage, and no match
-                    found[memory_of(value)] = node
+                    found.setdefault(memory_of(value), []).append(node)
         return found
 
     @cached_property

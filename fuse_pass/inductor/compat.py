@@ -53,6 +53,7 @@ __all__ = [
     "is_seed",
     "joint_passes",
     "keep_for_backward",
+    "memory_budget",
     "never_compile_alone",
     "never_merge",
     "never_recomputed",
@@ -115,6 +116,12 @@ def keep_for_backward(node: Node) -> None:
     node.meta["ac_graph_id"] = 0
     if functorch_config.activation_memory_budget == 0:
         node.meta["memory_budget"] = LEAST_BUDGET
+
+
+def memory_budget() -> float:
+    """How much may be kept for backward: 1 is all that is useful, 0 the inputs alone."""
+    budget: float = functorch_config.activation_memory_budget
+    return budget
 
 
 def is_seed(node: Node) -> bool:

@@ -89,7 +89,7 @@ def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> FusedNorm | Nea
     if found is None:  # an inactive dropout without a sum is itself what the norm is fused with
         path = path.up_to_dropout()
         found = _sum_at(view, path.top)
-    if found is None:
+    if found is None or any(node in taken for node in path.nodes):  # then it reads the result of another norm
         return None
     is_another = found.node in taken  # one norm of the sum yields it to the others
     found = _Sum(found.node, found.node, None, 0, ()) if is_another else found

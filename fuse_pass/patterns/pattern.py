@@ -35,11 +35,14 @@ class Situation:
         own_random_numbers: False where the user asked for eager's random numbers.
         body_of: name of the higher-order op whose body the graph is, if our ops are not known to be safe in it.
         autocast: arguments of the autocast regions in which that body is called, outermost first.
+        kept_input: name of an input that is written to and may be kept for backward all the same; empty if there is
+            none.
     """
 
     own_random_numbers: bool = True
     body_of: str | None = None
     autocast: tuple[tuple[Any, ...], ...] = ()
+    kept_input: str = ""
 
 
 Call = TypeVar("Call", bound=FusedOp)
@@ -168,6 +171,9 @@ def _problem(
         return Problem(Reason.OVERLAP, f"{node.name} is already fused", node)
     if situation.body_of is not None:
         return Problem(Reason.HIGHER_ORDER, f"the body of {situation.body_of} is left alone", candidate.anchor)
+    if situation.kept_input:
+        detail = f"{situation.kept_input} is written to; checkpoints on a memory budget would keep it for backward"
+        return Problem(Reason.MUTATION, detail, candidate.anchor)
     if candidate.draws and not situation.own_random_numbers:
         detail = "fallback_random or align_random_eager asks for eager's random numbers"
         return Problem(Reason.FALLBACK_RANDOM, detail, candidate.anchor)

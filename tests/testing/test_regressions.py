@@ -122,6 +122,32 @@ PROGRAMS: dict[str, tuple[bool, tuple[str, ...], str, Settings, int]] = {
         Settings(),
         1,
     ),
+    "a norm of the result of a norm that ends in a cast": (
+        True,
+        (
+            "z = F.dropout(x0, 0.25) + x0",
+            "h = (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, unbiased=False, keepdim=True) + 1e-5)",
+            "v = (h * self.norm.weight + self.norm.bias).to(torch.float32)",
+            "y = F.layer_norm(v, (24,))",
+        ),
+        "y, v",
+        Settings(),
+        1,
+    ),
+    "a checkpoint of an input that was written to, on a budget": (
+        True,
+        ("x0.add_(1)", "y = checkpoint(lambda x: self.norm(F.dropout(x, 0.25)), x0, use_reentrant=False)"),
+        "y",
+        Settings(budget=0.5),
+        0,
+    ),
+    "a checkpoint of a value that was written to, on a budget": (
+        True,
+        ("z = x0 * 1", "z.add_(1)", "y = checkpoint(lambda x: self.norm(F.dropout(x, 0.25)), z, use_reentrant=False)"),
+        "y",
+        Settings(budget=0.5),
+        1,
+    ),
     "constant rows": (
         True,
         ("z = x0 * 0 + 0.2", "y = self.norm(z + z)"),
