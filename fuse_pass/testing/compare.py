@@ -120,26 +120,32 @@ class _ProgramRuns:
 def check(text: str, level: str = "aot") -> Verdict:
     """Runs the text of a program all ways.
 
-    Two things at level "aot" are looked at again through Inductor. Other infinities: the kernel of `F.gelu` in eager
+    Three things at level "aot" are looked at again through Inductor. Other infinities: the kernel of `F.gelu` in eager
     PyTorch gives NaN for an infinity in bfloat16, where a written-out GELU and what Inductor makes of either do not.
-    And the error that backward needs what was written to: PyTorch's partitioner may keep an input that the graph writes
-    to (Inductor alone does for `v = x.double().float(); x.copy_(2 * x); F.layer_norm(v + v, …)`), and "aot_eager" uses
-    it only where a seed has to be kept.
+    And two signs of what PyTorch's partitioner does, which "aot_eager" uses only where a seed has to be kept: it may
+    keep an input that the graph writes to (Inductor alone does for `v = x.double().float(); x.copy_(2 * x);
+    F.layer_norm(v + v, …)`). Then backward raises, or, for an input without a gradient, gradients are wrong.
 
     Args:
         text: defines `Model`, `INPUTS` and `SETTINGS`.
         level: what stands behind fuse_pass, one of `levels.LEVELS`.
     """
     with levels.ready_to_compare():
-        verdict = judge(_ProgramRuns(text, level))
-    if verdict.status is Status.WRONG and level == "aot" and all(map(_may_be_of_the_level, verdict.differences)):
+        runs = _ProgramRuns(text, level)
+        verdict = judge(runs)
+        if verdict.status is not Status.WRONG or level != "aot":
+            return verdict
+        writes_inputs = any(run.writes_inputs for run in runs.eager(runs.seed))
+    if all(_may_be_of_the_level(difference, writes_inputs) for difference in verdict.differences):
         return check(text, "inductor")
     return verdict
 
 
-def _may_be_of_the_level(difference: Difference) -> bool:
-    written = "needed for gradient computation has been modified by an inplace operation" in difference.detail
-    return difference.aspect == "positions of NaN and infinities" or (difference.aspect == "exception" and written)
+def _may_be_of_the_level(difference: Difference, writes_inputs: bool) -> bool:
+    if difference.aspect == "exception":
+        return "needed for gradient computation has been modified by an inplace operation" in difference.detail
+    is_gradient = difference.aspect == "value" and "gradient of" in difference.where
+    return difference.aspect == "positions of NaN and infinities" or (writes_inputs and is_gradient)
 
 
 def judge(contenders: Contenders) -> Verdict:

@@ -164,7 +164,12 @@ _OURS: dict[tuple[Any, str], Callable[..., Tensor]] = {
     (Tensor, "exponential_"): _exponential,
 }
 # The same as targets of calls in a graph: functions and names of methods.
-_TARGETS = {name if owner is Tensor else getattr(owner, name): ours for (owner, name), ours in _OURS.items()}
+_TARGETS = {
+    **{name if owner is Tensor else getattr(owner, name): ours for (owner, name), ours in _OURS.items()},
+    # What an opened `nn.MultiheadAttention` calls.
+    torch.ops.aten.scaled_dot_product_attention.default: _dropped_attention,
+    torch.ops.aten.dropout.default: dropout,
+}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.inductor import debugging
+from fuse_pass.inductor import debugging, private
 from fuse_pass.inductor.settings import memory_budget, stock_random_numbers
 from fuse_pass.testing import masks
 
@@ -41,6 +41,7 @@ class Round:
         aliases: which outputs share memory with which arguments or outputs.
         draws: whether a mask was drawn.
         moves_generator: whether the state of PyTorch's generator changed.
+        writes_inputs: whether any argument was written to.
     """
 
     outputs: tuple[Tensor, ...]
@@ -51,6 +52,7 @@ class Round:
     aliases: frozenset[tuple[str, str]]
     draws: bool
     moves_generator: bool
+    writes_inputs: bool = False
 
 
 def build(namespace: dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -128,6 +130,7 @@ def _round(
         aliases=frozenset(aliases(inputs, outputs)),
         draws=draws.any,
         moves_generator=draws.moves_generator,
+        writes_inputs=any(private.version_of(x) > 0 for x in inputs),
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from fuse_pass.patterns import dense
 from fuse_pass.testing.compare import Status, check
 from fuse_pass.testing.program import Input, Program, Settings, Statement
 
 MEMBERS = {
     "norm": "self.norm = nn.LayerNorm(24)",
+    "layer": "self.layer = nn.TransformerEncoderLayer(24, 4, 16, batch_first=True)",
     "up": "self.up = nn.Linear(24, 16)",
     "rms_norm": "self.rms_norm = nn.RMSNorm(24)",
     "down": "self.down = nn.Linear(16, 24)",
@@ -167,3 +169,37 @@ def test_stays_right(name: str) -> None:
     verdict = check(program.text())
     assert verdict.status is Status.RIGHT, str(verdict)
     assert verdict.report.counts().total() == matches
+
+
+def test_attention_that_is_opened_draws_the_mask_of_the_tester(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": True)
+    program = Program((Input("x0", (3, 5, 24), True),), (Statement("", ("y = self.layer(x0)",)),), ("y",), MEMBERS, {})
+    verdict = check(program.text())
+    assert verdict.status is Status.RIGHT, str(verdict)
+    assert verdict.report.counts() == {"dense_act_dense": 1, "dropout_norm": 2, "dense": 2}
+
+
+WRITES_AFTER_READING = """
+import torch
+from torch import nn
+
+INPUTS = [((3, 5, 24), False)]
+SETTINGS = {"seed": 0, "dtype": "float32", "training": True, "grad": True, "dynamic": False, "autocast": False,
+            "special": False, "fallback_random": False, "rows": "", "budget": 0.2}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(24), nn.Dropout(0.25)
+
+    def forward(self, x0):
+        y = self.norm(self.drop(x0) + x0)
+        x0[..., :2] = 0
+        return y
+"""
+
+
+def test_an_input_that_is_kept_and_written_to_is_the_partitioner_s_fault() -> None:
+    verdict = check(WRITES_AFTER_READING)
+    assert verdict.status in (Status.RIGHT, Status.AS_STOCK), str(verdict)
