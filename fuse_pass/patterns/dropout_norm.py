@@ -20,17 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import is_contiguous, is_permuted_contiguous, same_shape, same_size, value_of
-from fuse_pass.graph.view import GraphView, is_active_dropout
+from fuse_pass.graph.view import GraphView
 from fuse_pass.ops.dropout_norm import DropoutNorm, Settings
 from fuse_pass.patterns.norm_forms import Norm, norms_of
 from fuse_pass.patterns.pattern import (
@@ -44,21 +42,8 @@ from fuse_pass.patterns.pattern import (
     tensor,
 )
 from fuse_pass.patterns.spellings.dropout_norm import CORPUS
-from fuse_pass.patterns.sum_path import MOVING, SumPath
+from fuse_pass.patterns.sum_path import MOVING, Sum, SumPath, have_same_shape, sum_at
 from fuse_pass.report import Reason
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """`z = dropout(x) + residual` as it stands in the graph."""
-
-    node: Node
-    x: Node
-    residual: Node | None
-    p: Any
-    nodes: tuple[Node, ...]
-    residual_first: bool = False
-    problem: Problem | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +70,14 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[FusedNorm | NearMiss]:
 
 def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> FusedNorm | NearMiss | None:
     path = SumPath(view, norm.input)
-    found = _sum_at(view, path.top)
+    found = sum_at(view, path.top)
     if found is None:  # an inactive dropout without a sum is itself what the norm is fused with
         path = path.up_to_dropout()
-        found = _sum_at(view, path.top)
+        found = sum_at(view, path.top)
     if found is None or any(node in taken for node in path.nodes):  # then it reads the result of another norm
         return None
     is_another = found.node in taken  # one norm of the sum yields it to the others
-    found = _Sum(found.node, found.node, None, 0, ()) if is_another else found
+    found = Sum(found.node, found.node, None, 0, ()) if is_another else found
     vanishing = {*norm.nodes, *path.read_only_by(norm.nodes)}
     # Whatever else reads the sum gets it as a second output, unless it is a value that stays where it is.
     stays = found.residual is None and found.p == 0
@@ -123,7 +108,7 @@ def _ending_in(view: GraphView, norm: Norm, taken: Set[Node]) -> FusedNorm | Nea
     )
 
 
-def _call(norm: Norm, found: _Sum, path: SumPath) -> DropoutNorm:
+def _call(norm: Norm, found: Sum, path: SumPath) -> DropoutNorm:
     z, y = value_of(found.node), value_of(norm.node)
     dtype = None if y is None else y.dtype
     # A norm that is written out does its own casts: autocast, which knows the name of a norm only, must not add one.
@@ -147,7 +132,7 @@ def _default_eps(dtype: torch.dtype | None) -> float:
     return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
 
 
-def _problem_of_moves(path: SumPath, norm: Norm, found: _Sum, *, drops: bool) -> Problem | None:
+def _problem_of_moves(path: SumPath, norm: Norm, found: Sum, *, drops: bool) -> Problem | None:
     """Windows are put back into an image between a dropout and its norm (Swin V2): the norm goes before."""
     if not path.moves:
         return None
@@ -167,49 +152,9 @@ def _problem_of_moves(path: SumPath, norm: Norm, found: _Sum, *, drops: bool) ->
     return None
 
 
-def _sum_at(view: GraphView, node: Any) -> _Sum | None:
-    op = view.op(node)
-    if op is None or node in view.linears:
-        return None
-    if op.kind == "dropout":
-        return _dropout_alone(view, op)
-    if op.kind != "add" or value_of(op["input"]) is None or value_of(op["other"]) is None:
-        return None
-    problem = None
-    if op["alpha"] != 1:
-        problem = Problem(Reason.CONSTANTS, f"{node.name} adds with alpha={op['alpha']}", node)
-    elif op.in_place and not view.owns_its_input(op):
-        problem = Problem(Reason.MUTATION, f"{node.name} writes into {op['input'].name}, which others may read", node)
-    first, second = op["input"], op["other"]
-    for branch, residual in ((first, second), (second, first)):
-        dropout = view.op(branch)
-        if dropout is None or dropout.kind != "dropout" or len(branch.users) != 1 or branch is residual:
-            continue
-        inner = _dropout_alone(view, dropout)
-        nodes = (node, branch)
-        return _Sum(node, inner.x, residual, inner.p, nodes, residual is first, problem or inner.problem)
-    swapped = not _same_shape_as(first, node)
-    x, residual = (second, first) if swapped else (first, second)
-    return _Sum(node, x, residual, 0, (node,), swapped, problem)
-
-
-def _dropout_alone(view: GraphView, op: Op) -> _Sum:
-    problem = None
-    if op.in_place and not view.owns_its_input(op):
-        problem = Problem(Reason.MUTATION, f"{op.node.name} drops in place what others may read", op.node)
-    if not isinstance(op["training"], bool):
-        problem = Problem(Reason.CONSTANTS, f"{op.node.name}: training is {op['training']}, not a constant", op.node)
-    return _Sum(op.node, op["input"], None, op["p"] if is_active_dropout(op) else 0, (op.node,), problem=problem)
-
-
-def _same_shape_as(a: Node, b: Node) -> bool:
-    x, y = value_of(a), value_of(b)
-    return x is not None and y is not None and same_shape(x.shape, y.shape)
-
-
 def check(view: GraphView, found: FusedNorm) -> Problem | None:
     anchor, x, z = found.anchor, node_of(found.call.x), found.sum
-    if not _same_shape_as(x, z):
+    if not have_same_shape(x, z):
         return Problem(Reason.BROADCAST, f"{x.name} is smaller than the sum {z.name}", x)
     shape, value = found.norm.shape, value_of(z)
     assert value is not None
@@ -261,7 +206,7 @@ def replace(editor: Editor, found: FusedNorm) -> None:
     x, residual, weight, bias = (node_of(value) for value in (call.x, call.residual, call.weight, call.bias))
     with editor.at(found.outputs, found.nodes, (x, residual, weight, bias)):
         new = {name: _parameter(editor, node, found.norm.shape) for name, node in (("weight", weight), ("bias", bias))}
-        if residual is not None and not _same_shape_as(residual, found.sum):
+        if residual is not None and not have_same_shape(residual, found.sum):
             new["residual"] = editor.call("expand_as", residual, x)
         call = call.replaced(new)
         results = insert(editor, call, draws=found.draws, like=z_value, results=len(found.outputs))

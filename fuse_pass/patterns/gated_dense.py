@@ -26,7 +26,6 @@ from fuse_pass.graph.canonical import Op
 from fuse_pass.graph.convolution import CHANNELS, pointwise_layers
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.experts import expert_layers, has_experts
-from fuse_pass.graph.halves import Half, half_of
 from fuse_pass.graph.safety import Problem, written_later
 from fuse_pass.graph.shapes import same_shape, value_of
 from fuse_pass.graph.view import GraphView, Linear
@@ -35,6 +34,7 @@ from fuse_pass.patterns.activation_forms import activation_at
 from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
 from fuse_pass.patterns.linear_chain import problem_of_bias, problem_of_groups, weight_of
 from fuse_pass.patterns.pattern import Candidate, NearMiss, Pattern, drops, insert, node_of, tensor
+from fuse_pass.patterns.projection import Projection, projection_at
 from fuse_pass.patterns.spellings.gated_dense import CORPUS
 from fuse_pass.patterns.trail import Trail
 from fuse_pass.report import Reason
@@ -54,22 +54,11 @@ class GatedBlock(Candidate[GatedDense]):
 
 
 @dataclass(frozen=True)
-class _Projection:
-    """A gate or an up: a Linear of its own, or one half of a merged one (`half` is then 0 or 1)."""
-
-    layer: Linear
-    format: list[int]
-    half: int | None
-    value: Node
-    trail: Trail
-
-
-@dataclass(frozen=True)
 class _Product:
     """`activation(gate) * up`."""
 
-    gate: _Projection
-    up: _Projection
+    gate: Projection
+    up: Projection
     activation: str
     arguments: tuple[Any, ...]
     nodes: tuple[Node, ...]
@@ -128,7 +117,7 @@ def _gated_by(
     act = activation_at(view, trail.end)
     if act is None or act.weight is not None:
         return None
-    gate, up = _projection(view, layers, act.input), _projection(view, layers, other)
+    gate, up = projection_at(view, layers, act.input), projection_at(view, layers, other)
     if gate is None or up is None or not _belong_together(gate, up):
         return None
     problem = act.problem or trail.problem_of_rows(gate.layer.features)
@@ -139,7 +128,7 @@ def _gated_by(
 
 def _glu(view: GraphView, layers: Mapping[Node, Linear], op: Op) -> _Product | None:
     """`F.glu(h)` is the first half of h times the sigmoid of the second."""
-    value, whole = value_of(op["input"]), _projection(view, layers, op["input"])
+    value, whole = value_of(op["input"]), projection_at(view, layers, op["input"])
     if value is None or whole is None or whole.half is not None:
         return None
     if not isinstance(op["dim"], int) or (op["dim"] - whole.layer.features) % value.dim():
@@ -148,28 +137,7 @@ def _glu(view: GraphView, layers: Mapping[Node, Linear], op: Op) -> _Product | N
     return _Product(gate, up, "sigmoid", (), (op.node,))
 
 
-def _projection(view: GraphView, layers: Mapping[Node, Linear], node: Node) -> _Projection | None:
-    trail = Trail(view, node)
-    format_of_half = trail.through_quantization()
-    value = trail.end
-    half = half_of(view, value)
-    if half is not None:
-        trail.past(half.nodes, half.source)
-    hidden_format = trail.through_quantization()
-    if format_of_half != hidden_format:
-        hidden_format += format_of_half
-    layer = layers.get(trail.end)
-    if layer is None or (half is not None and not _is_along(half, layer.features)):
-        return None
-    return _Projection(layer, hidden_format, None if half is None else half.index, value, trail)
-
-
-def _is_along(half: Half, features: int) -> bool:
-    value = value_of(half.source)
-    return value is not None and half.dim == features % value.dim()
-
-
-def _belong_together(gate: _Projection, up: _Projection) -> bool:
+def _belong_together(gate: Projection, up: Projection) -> bool:
     if gate.half is None or up.half is None:
         return gate.half is up.half and gate.layer is not up.layer and gate.layer.input is up.layer.input
     return gate.layer is up.layer and gate.half != up.half

@@ -1,9 +1,10 @@
-"""The way from the input of a norm up to the sum that it normalises, through what does not belong to either."""
+"""The sum that a norm normalises, and the way up to it through what belongs to neither."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
@@ -152,3 +153,56 @@ def _moved_dimensions(op: Op, rank: int) -> set[int] | None:
         return None if order is None else {i for i, dim in enumerate(order) if dim != i}
     dims = op["dims"] if isinstance(op["dims"], (tuple, list)) else (op["dims"],)
     return {dim % rank for dim in dims} if all(isinstance(dim, int) for dim in dims) else None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`z = dropout(x) + residual` as it stands in the graph."""
+
+    node: Node
+    x: Node
+    residual: Node | None
+    p: Any
+    nodes: tuple[Node, ...]
+    residual_first: bool = False
+    problem: Problem | None = None
+
+
+def sum_at(view: GraphView, node: Any) -> Sum | None:
+    op = view.op(node)
+    if op is None or node in view.linears:
+        return None
+    if op.kind == "dropout":
+        return _dropout_alone(view, op)
+    if op.kind != "add" or value_of(op["input"]) is None or value_of(op["other"]) is None:
+        return None
+    problem = None
+    if op["alpha"] != 1:
+        problem = Problem(Reason.CONSTANTS, f"{node.name} adds with alpha={op['alpha']}", node)
+    elif op.in_place and not view.owns_its_input(op):
+        problem = Problem(Reason.MUTATION, f"{node.name} writes into {op['input'].name}, which others may read", node)
+    first, second = op["input"], op["other"]
+    for branch, residual in ((first, second), (second, first)):
+        dropout = view.op(branch)
+        if dropout is None or dropout.kind != "dropout" or len(branch.users) != 1 or branch is residual:
+            continue
+        inner = _dropout_alone(view, dropout)
+        nodes = (node, branch)
+        return Sum(node, inner.x, residual, inner.p, nodes, residual is first, problem or inner.problem)
+    swapped = not have_same_shape(first, node)
+    x, residual = (second, first) if swapped else (first, second)
+    return Sum(node, x, residual, 0, (node,), swapped, problem)
+
+
+def _dropout_alone(view: GraphView, op: Op) -> Sum:
+    problem = None
+    if op.in_place and not view.owns_its_input(op):
+        problem = Problem(Reason.MUTATION, f"{op.node.name} drops in place what others may read", op.node)
+    if not isinstance(op["training"], bool):
+        problem = Problem(Reason.CONSTANTS, f"{op.node.name}: training is {op['training']}, not a constant", op.node)
+    return Sum(op.node, op["input"], None, op["p"] if is_active_dropout(op) else 0, (op.node,), problem=problem)
+
+
+def have_same_shape(a: Node, b: Node) -> bool:
+    x, y = value_of(a), value_of(b)
+    return x is not None and y is not None and same_shape(x.shape, y.shape)
