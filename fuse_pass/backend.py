@@ -276,7 +276,7 @@ def _input_kept_for_backward(module: GraphModule) -> str:
     """The name of an input that PyTorch may keep for backward though the graph writes to it; empty if there is none.
 
     With a memory budget below 1 its partitioner computes checkpoints again from their inputs, and does not see whether
-    these are written to before: backward then raises (torch 2.11 - 2.15; without us at a budget of 0, and with values
+    these are written to before: backward then raises (torch 2.13; without us at a budget of 0, and with values
     of ours that must be kept at any). So nothing is fused there.
     """
     has_checkpoints = any(str(node.target) == _CHECKPOINT for node in module.graph.nodes)

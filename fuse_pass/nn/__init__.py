@@ -1,5 +1,6 @@
 """Layers for explicit use; one file per layer, the same ops underneath as in rewritten graphs."""
 
+from fuse_pass.nn import quantized  # noqa: F401 - the first path of the layers
 from fuse_pass.nn.fused_dense_gelu_dense import FusedDenseGELUDense
 from fuse_pass.nn.fused_dropout_layer_norm import FusedDropoutLayerNorm
 from fuse_pass.quantization import layers

@@ -34,7 +34,8 @@ from fuse_pass.numerics.bit_codes import (
     weight_statistics,
 )
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
-from fuse_pass.ops.fused_op import FusedOp, Gradients, Size, register
+from fuse_pass.ops.arguments import Size
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register
 
 
 def _integer_product(x_codes: Tensor, codes: Tensor) -> Tensor:

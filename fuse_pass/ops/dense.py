@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fuse_pass.gemm.product import product, product_with_activation, weight_gradient_by_layout
 from fuse_pass.numerics.tensors import is_column_major, rows_of, shaped_like_rows_of
-from fuse_pass.ops.fused_op import Gradients, ProductOp, Weight, register
+from fuse_pass.ops.arguments import Weight
+from fuse_pass.ops.fused_op import Gradients, ProductOp, register
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from fuse_pass.gemm.product import product, product_with_activation, weight_grad
 from fuse_pass.numerics import random_bits
 from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of, shaped_like_rows_of
-from fuse_pass.ops.fused_op import Gradients, ProductOp, Seed, Weight, register
+from fuse_pass.ops.arguments import Seed, Weight
+from fuse_pass.ops.fused_op import Gradients, ProductOp, register
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 Quantize = Callable[[Tensor, Sequence[int]], Tensor]

@@ -25,7 +25,8 @@ from torch import Tensor
 from fuse_pass.inductor import compat
 from fuse_pass.numerics import random_bits
 from fuse_pass.numerics.tensors import accumulation_dtype
-from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
+from fuse_pass.ops.arguments import Seed
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"

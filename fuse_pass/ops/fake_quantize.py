@@ -24,7 +24,8 @@ from torch import Tensor
 from fuse_pass.numerics import rounding as core
 from fuse_pass.numerics.formats import FloatFormat
 from fuse_pass.numerics.rounding import FLOAT32, FLOAT64, Carrier, Grid
-from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
+from fuse_pass.ops.arguments import Seed
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register
 from fuse_pass.ops.straight_through import clip_gradient
 
 OVERFLOWS = ("ieee", "saturate")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fuse_pass.numerics import rounding as core
 from fuse_pass.numerics.rounding import Carrier, Grid
-from fuse_pass.ops.fused_op import FusedOp, Gradients, Seed, register
+from fuse_pass.ops.arguments import Seed
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register
 from fuse_pass.ops.straight_through import clip_gradient
 
 # Processors round to integers by themselves, exactly and in one step (int8 with dynamic scales, 4 M float32 on one

@@ -30,8 +30,9 @@ from fuse_pass.gemm.product import product, weight_gradient
 from fuse_pass.numerics import random_bits
 from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import rows_of, shaped_like_rows_of
+from fuse_pass.ops.arguments import Seed, Weight
 from fuse_pass.ops.dense_act_dense import Quantize, number_of_rows, output_shape
-from fuse_pass.ops.fused_op import Gradients, ProductOp, Seed, Weight, register
+from fuse_pass.ops.fused_op import Gradients, ProductOp, register
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
 
 

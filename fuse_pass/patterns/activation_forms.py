@@ -1,7 +1,7 @@
 """Which activation an elementwise computation is: called by name, or written out in any algebraically equal way.
 
-To teach it another way of writing, add a plain function to the row in `ops.activations`; it is brought into the normal
-form of the graph's.
+To teach it another way of writing, add a plain function to its row in `numerics.activations`; it is brought into the
+normal form of the graph's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FoundActivation:
     """An activation in a graph.
 
     Attributes:
-        name: key in `ops.activations.ACTIVATIONS`.
+        name: key in `numerics.activations.ACTIVATIONS`.
         arguments: its constants (numbers, or nodes where the graph computes them).
         weight: PReLU's slope.
         input: the pre-activation.

@@ -1,4 +1,4 @@
-"""Linear layers in inference whose weights may be kept a second time, packed (see `fuse_pass.ops.prepacked`).
+"""Linear layers in inference whose weights may be kept a second time, packed (see `gemm.packed_weights`).
 
     y = act(x Wᵀ + b),  W a Parameter `[d_out, d_in]` that is read as it is
 
@@ -24,8 +24,9 @@ from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, value_of
 from fuse_pass.graph.view import GraphView
+from fuse_pass.ops.arguments import Role, arguments_of
 from fuse_pass.ops.dense import Dense
-from fuse_pass.ops.fused_op import FusedOp, Role, arguments_of, declaration_of
+from fuse_pass.ops.fused_op import FusedOp, declaration_of
 from fuse_pass.ops.prepacked import DensePrepacked
 from fuse_pass.patterns import dense
 from fuse_pass.patterns.pattern import Candidate, Pattern, insert, tensor

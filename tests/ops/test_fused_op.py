@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fuse_pass.ops import fused_op, library
-from fuse_pass.ops.fused_op import FusedOp, Gradients, ProductOp, Role, Seed, Size, Weight
+from fuse_pass.ops.arguments import Role, Seed, Size, Weight
+from fuse_pass.ops.fused_op import FusedOp, Gradients, ProductOp
 
 
 @dataclass(frozen=True)
@@ -257,5 +258,34 @@ def test_a_field_may_not_hide_a_method() -> None:
         x: Tensor
         arguments: Tensor  # type: ignore[assignment]
 
-    with pytest.raises(TypeError, match=r"Hiding\.arguments: a method of all declarations has this name"):
+    with pytest.raises(TypeError, match=r"Hiding\.arguments: all declarations have an attribute of this name"):
         fused_op.register("test_hiding", Hiding)
+
+
+def test_a_field_may_not_hide_what_an_op_is_made_of() -> None:
+    @dataclass(frozen=True)
+    class Hiding(FusedOp):
+        x: Tensor
+        saved: Tensor  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match=r"Hiding\.saved: all declarations have an attribute of this name"):
+        fused_op.register("test_hiding", Hiding)
+
+
+def test_a_type_that_no_schema_knows() -> None:
+    @dataclass(frozen=True)
+    class Strange(FusedOp):
+        x: Tensor
+        names: Sequence[str]
+
+    with pytest.raises(TypeError, match=r"names: expected one of .*Tensor.*, got .*Sequence\[str\]"):
+        fused_op.register("test_strange", Strange)
+
+
+def test_an_empty_tensor_and_no_gradient() -> None:
+    empty = torch.empty(0, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(torch.ops.fuse_pass.test_doubled(empty).sum(), empty)
+    assert grad.shape == (0,)
+    assert not torch.ops.fuse_pass.test_doubled(empty.detach()).requires_grad
+    with torch.no_grad():
+        assert not torch.ops.fuse_pass.test_doubled(empty).requires_grad

@@ -1,7 +1,7 @@
 """Opens attention that is one call in a graph, so that its inside can be quantised as `QuantizedMultiheadAttention` is.
 
 `F.multi_head_attention_forward`, which `nn.MultiheadAttention` leaves in a graph, and
-`F.scaled_dot_product_attention` become the operations of `fuse_pass.ops.attention`, with the bits of `convert`.
+`F.scaled_dot_product_attention` become the operations of `numerics.attention`, with the bits of `convert`.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from torch.fx import Node
 
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import value_of
+from fuse_pass.ops.arguments import Role
 from fuse_pass.ops.bit_linear import BitLinear, BitLinearPacked
 from fuse_pass.ops.dense_act_dense import Between, DenseActDense
 from fuse_pass.ops.dropout_norm import LAYER_NORM, DropoutNorm, Settings
-from fuse_pass.ops.fused_op import FusedOp, Role, declaration_of
+from fuse_pass.ops.fused_op import FusedOp, declaration_of
 from fuse_pass.ops.llm_int8 import LlmInt8Linear
 from fuse_pass.patterns.fake_quantization.inserter import Inserter
 from fuse_pass.patterns.fake_quantization.points import LAYERS, POINTS, Point
