@@ -7,8 +7,9 @@ dtypes, strides, aliases, missing gradients, mutated inputs, or a random draw wh
 An error bound taken from a handful of rounded numbers is itself noise. Before a value counts as wrong, eager's error is
 taken from more data, and so is ours: it must be beyond the larger bound for at least two sets of data, of six and again
 of 24. Where eager computes in float64 it has no error against itself; there it is what eager errs in float32, as many
-times smaller as float64 is more exact. Float64 is no truth for everything either (the mean of a row of 1e30 is not
-1e30): what it gives for inputs that differ in the last bits tells how far it may be relied on.
+times smaller as float64 is more exact. Eager's products are taken from both libraries that we may choose from. Float64
+is no truth for everything either (the mean of a row of 1e30 is not 1e30): what it gives for inputs that differ in the
+last bits tells how far it may be relied on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Protocol
 import torch
 
 from fuse_pass.report import Report, collect
-from fuse_pass.testing import levels, masks
+from fuse_pass.testing import levels, masks, products
 from fuse_pass.testing.differences import Difference, Runs, differences, noise_of
 from fuse_pass.testing.observe import build, observe
 from fuse_pass.testing.program import load
@@ -73,6 +74,9 @@ class Contenders(Protocol):
 
     def exact(self, seed: int) -> Runs: ...
 
+    def by_onednn(self, seed: int) -> Runs | None:
+        """Eager's runs with the products of oneDNN; None where not offered."""
+
     def nearby(self, seed: int) -> Runs | None:
         """The exact runs once more for inputs that are other ones by a few of float64's ulp; None where not offered."""
 
@@ -104,6 +108,10 @@ class _ProgramRuns:
     def exact(self, seed: int) -> Runs:
         with masks.in_eager():
             return observe(self.wide, self.exact_model, self.exact_model, torch.float64, seed)
+
+    def by_onednn(self, seed: int) -> Runs | None:
+        with products.OneDNNProducts():
+            return self.eager(seed)
 
     def nearby(self, seed: int) -> Runs | None:
         with masks.in_eager():
@@ -245,11 +253,19 @@ def _in_sets_of_data(contenders: Contenders, run: Callable[[int], Runs], count: 
     seeds = [contenders.seed + 101 * i for i in range(count)]
     triples = [(run(seed), contenders.eager(seed), contenders.exact(seed)) for seed in seeds]
     noise = noise_of((eager, exact) for _, eager, exact in triples)
-    for name, value in noise_of(_nearby(contenders, seeds)).items():
-        noise[name] = max(noise[name], value)
+    for others in (_by_onednn(contenders, seeds), _nearby(contenders, seeds)):
+        for name, value in noise_of(others).items():
+            noise[name] = max(noise[name], value)
     for name, value in noise_of(_in_float32(contenders, seeds)).items():
         noise[name] = max(noise[name], value * _FLOAT64_TO_FLOAT32)
     return [list(differences(*triple, noise)) for triple in triples]
+
+
+def _by_onednn(contenders: Contenders, seeds: Sequence[int]) -> Iterator[tuple[Runs, Runs]]:
+    for seed in seeds:
+        runs = contenders.by_onednn(seed)
+        if runs is not None:
+            yield runs, contenders.exact(seed)
 
 
 def _nearby(contenders: Contenders, seeds: Sequence[int]) -> Iterator[tuple[Runs, Runs]]:

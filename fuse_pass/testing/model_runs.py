@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fuse_pass.inductor.debugging import GROUPED_PRODUCT, BatchNorm, counters, tree_leaves, tree_map
-from fuse_pass.testing import levels, masks
+from fuse_pass.testing import levels, masks, products
 from fuse_pass.testing.differences import Runs
 from fuse_pass.testing.observe import Round, aliases, uneven
 
@@ -97,6 +97,10 @@ class ModelRuns:
     def exact(self, seed: int) -> Runs:
         with masks.in_eager():
             return self._observed(self._wide, self._wide, seed)
+
+    def by_onednn(self, seed: int) -> Runs | None:
+        with products.OneDNNProducts():
+            return self.eager(seed)
 
     def nearby(self, seed: int) -> None:
         """Data of real models are no unusual ones."""

@@ -58,6 +58,7 @@ class Numbers:
         stock: of what torch.compile compiles.
         gradients: which of them leave a gradient that eager does not.
         stock_at_first: whether stock has its error for the first set of data too.
+        onednn: of eager's other library.
         reference: by how much float64 is off for inputs that are hardly others.
     """
 
@@ -65,6 +66,7 @@ class Numbers:
     stock: float = 0.0
     gradients: tuple[str, ...] = ()
     stock_at_first: bool = True
+    onednn: float = 0.0
     reference: float = 0.0
     level: str = "aot"
     seed: int = 0
@@ -82,6 +84,9 @@ class Numbers:
 
     def exact(self, seed: int) -> Runs:
         return called(1.0)
+
+    def by_onednn(self, seed: int) -> Runs:
+        return called(1.0 + self.onednn)
 
     def nearby(self, seed: int) -> Runs:
         return called(1.0 + self.reference)
@@ -104,6 +109,8 @@ class Numbers:
             id="as torch.compile for other data",
         ),
         pytest.param(Numbers(5 * LARGEST, reference=3 * LARGEST), Status.RIGHT, id="where the reference is as far off"),
+        pytest.param(Numbers(5 * LARGEST, onednn=3 * LARGEST), Status.RIGHT, id="as eager by the other library"),
+        pytest.param(Numbers(5 * LARGEST, onednn=LARGEST), Status.WRONG, id="more than eager by either library"),
         pytest.param(Numbers(5 * LARGEST, reference=LARGEST), Status.WRONG, id="more than the reference is off"),
         pytest.param(Numbers(0.0, gradients=("ours",)), Status.WRONG, id="a gradient too many"),
         pytest.param(Numbers(0.0, gradients=("ours", "stock")), Status.AS_STOCK, id="as in torch.compile"),
