@@ -27,8 +27,8 @@ class OneDNNProducts(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is _aten.mm.default and _is_ours(*args):
-            return _product(*args, None)
-        if func is _aten.addmm.default and not kwargs and args[0].is_contiguous() and args[0].dim() == 1 and _is_ours(*args[1:]):
+            return _product(args[0], args[1], None)
+        if func is _aten.addmm.default and not kwargs and _is_bias(args[0]) and _is_ours(*args[1:]):
             return _product(args[1], args[2], args[0])
         return func(*args, **(kwargs or {}))
 
@@ -36,6 +36,10 @@ class OneDNNProducts(TorchDispatchMode):
 def _is_ours(a: Tensor, b: Tensor) -> bool:
     is_float32 = a.dtype is b.dtype is torch.float32 and a.device.type == b.device.type == "cpu"
     return is_float32 and 0 not in (*a.shape, *b.shape) and onednn.multiplies(torch.float32)
+
+
+def _is_bias(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and tensor.is_contiguous()
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
