@@ -1,1 +1,1 @@
-"""Who multiplies: the choice of a library by measurement, the products, packed weights, this machine."""
+"""Who multiplies: the problem, the table of providers, what was measured here, packed weights, this machine."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from fuse_pass.gemm import choice, onednn
+from fuse_pass.gemm import measured, onednn
 from fuse_pass.gemm.machine import instruction_set, processor
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.private import CustomGraphPass
@@ -41,7 +41,7 @@ def cache_key(options: Mapping[str, Any]) -> bytes:
     """Changes whenever the same graph could be compiled to something else by us."""
     parts = {
         "sources": source_hash(),
-        "gemm": choice.table(),
+        "gemm": measured.table(),
         "options": {k: repr(v) for k, v in options.items()},
         "processor": processor_key(),
     }

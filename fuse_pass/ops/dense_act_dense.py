@@ -176,11 +176,11 @@ class DenseActDenseInference(DenseActDense):
     def forward(self) -> Tensor:
         rows, between, prepack = rows_of(self.x), self.between, self.prepack
         if between.hidden_format:  # something stands between the product and the activation
-            a = between.activated(product(rows, self.weight1, self.bias1, prepack=prepack))
+            a = between.activated(product(rows, self.weight1, self.bias1, is_constant=prepack))
         else:
             act = (between.activation, between.act_arguments, between.act_weight)
-            a = between.dropped(product_with_activation(rows, self.weight1, self.bias1, *act, prepack=prepack))
-        return shaped_like_rows_of(self.x, product(a, self.weight2, self.bias2, prepack=prepack))
+            a = between.dropped(product_with_activation(rows, self.weight1, self.bias1, *act, is_constant=prepack))
+        return shaped_like_rows_of(self.x, product(a, self.weight2, self.bias2, is_constant=prepack))
 
     def shapes(self) -> Tensor:
         return self.x.new_empty(output_shape(self.x, self.weight2))

@@ -84,9 +84,9 @@ class GatedDense(ProductOp):
 
     def _forward(self, *, prepack: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = rows_of(self.x)
-        h = product(rows, self.weight1, self.bias1, prepack=prepack)
-        up = None if self.weight_up is None else product(rows, self.weight_up, self.bias_up, prepack=prepack)
-        y = product(self.gate.gated(*self.gate.halves(h, up)), self.weight2, self.bias2, prepack=prepack)
+        h = product(rows, self.weight1, self.bias1, is_constant=prepack)
+        up = None if self.weight_up is None else product(rows, self.weight_up, self.bias_up, is_constant=prepack)
+        y = product(self.gate.gated(*self.gate.halves(h, up)), self.weight2, self.bias2, is_constant=prepack)
         return shaped_like_rows_of(self.x, y), h, up
 
     def shapes(self) -> tuple[Tensor, Tensor, Tensor] | Tensor:

@@ -21,7 +21,6 @@ is recomputed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Set
 from dataclasses import dataclass
 
@@ -29,17 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuse_pass.gemm.integers import MAX_EXACT_INT32, QMAX
 from fuse_pass.gemm.product import product
-from fuse_pass.inductor import compat, private
+from fuse_pass.inductor import private
 from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import cast_for_autocast, define
-
-QMAX = 127
-# The largest inner sizes at which no sum of products of int8 values (2^14 at most) leaves what float32 and int32 hold.
-MAX_EXACT_FLOAT32 = 2**24 // 2**14
-MAX_EXACT_INT32 = (2**31 - 1) // 2**14
+from fuse_pass.ops.library import cast_for_autocast
+from fuse_pass.ops.products import int8_product
 
 
 def checked_threshold(threshold: float) -> float:
@@ -120,62 +116,6 @@ def _float_weight(weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight if scale is None else weight.to(scale.dtype) * scale[:, None]
 
 
-# --- the integer product ----------------------------------------------------------------------------------------------
-
-
-def _int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """`int8 [m, k] @ int8 [n, k].T → int32 [m, n]`, exact."""
-    int_mm = compat.int_mm()
-    if int_mm is not None and _int_mm_serves(a, b):
-        return int_mm(a.contiguous(), b.contiguous().t())
-    return _int8_product_in_float32(a, b)
-
-
-def _int8_product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """The same by sums that float32 holds exactly; so do TF32 and bfloat16, whose significands hold every int8."""
-    parts = (
-        product(a_part.float(), b_part.float()).to(torch.int32)
-        for a_part, b_part in zip(a.split(MAX_EXACT_FLOAT32, 1), b.split(MAX_EXACT_FLOAT32, 1), strict=True)
-    )
-    return functools.reduce(torch.add, parts)
-
-
-def _int_mm_serves(a: Tensor, b: Tensor) -> bool:
-    if a.device.type == "cuda":  # what cuBLAS asks of an int8 product
-        return a.shape[0] > 16 and a.shape[1] > 0 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
-    # With k = 1 the strides of the transposed b tell a row from a column no more, and the CPU takes the wrong one.
-    return a.device.type == "cpu" and a.shape[1] > 1 and _cpu_int_mm_is_exact()
-
-
-@functools.cache
-def _cpu_int_mm_is_exact() -> bool:
-    """Whether oneDNN's int8 product is right on this machine.
-
-    Without VNNI instructions it adds pairs of products in saturating int16: 64 products 127 · 127 then give 8160
-    instead of 1032256 (measured with ONEDNN_MAX_CPU_ISA=AVX512_CORE). Without oneDNN it is a scalar loop.
-    """
-    int_mm = compat.int_mm()
-    if int_mm is None or not torch.backends.mkldnn.is_available():
-        return False
-    with compat.disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for rows in (1, 20):
-            for sign in (1, -1):
-                a = torch.full((rows, 64), QMAX, dtype=torch.int8)
-                b = torch.full((24, 64), sign * QMAX, dtype=torch.int8)
-                if not bool((int_mm(a, b.t()) == sign * 64 * QMAX**2).all()):
-                    return False
-    return True
-
-
-_int8_product_op = define(
-    "int8_product",
-    "(Tensor a, Tensor b) -> Tensor",
-    _int8_product,
-    lambda a, b: a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32),
-    decompose=False,
-)
-
-
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +150,7 @@ class LlmInt8Linear(FusedOp):
         steps, row_scale = quantize_rows(a)
         weight_steps, weight_scale = quantize_rows(self.weight) if self.scale is None else (self.weight, self.scale)
         # In this order nothing overflows that does not overflow in the result.
-        y = _int8_product_op(steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
+        y = int8_product(steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
         if outliers is not None:
             y = y + product(outliers, _float_weight(self.weight, self.scale).to(a.dtype))
         y = y if self.bias is None else y + self.bias

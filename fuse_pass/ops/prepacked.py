@@ -26,9 +26,9 @@ class DensePrepacked(FusedOp):
     def forward(self) -> Tensor:
         rows, weight, bias, act = rows_of(self.x), self.weight, self.bias, self.activation
         if act:
-            y = product_with_activation(rows, weight, bias, act, self.act_arguments, None, prepack=True)
+            y = product_with_activation(rows, weight, bias, act, self.act_arguments, None, is_constant=True)
         else:
-            y = product(rows, weight, bias, prepack=True)
+            y = product(rows, weight, bias, is_constant=True)
         return shaped_like_rows_of(self.x, y)
 
     def shapes(self) -> Tensor:

@@ -1,11 +1,12 @@
-"""The products of oneDNN as ops that stay one call in generated code."""
+"""Products as ops that stay one call in generated code: oneDNN's, and those of integers."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fuse_pass.gemm import packed_weights
-from fuse_pass.gemm.product import gemm_fake, gemm_onednn
+from fuse_pass.gemm.product import gemm_fake, gemm_onednn, product
 from fuse_pass.ops.library import define
 
 
@@ -24,3 +25,12 @@ for _name, _body, _second in (("gemm", gemm_onednn, "b"), ("gemm_prepacked", _ge
         dispatch_key="CPU",
         decompose=False,
     )
+
+# `int8 [m, k] @ int8 [n, k].T → int32 [m, n]`, exact.
+int8_product = define(
+    "int8_product",
+    "(Tensor a, Tensor b) -> Tensor",
+    body=product,
+    fake=lambda a, b: a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32),
+    decompose=False,
+)

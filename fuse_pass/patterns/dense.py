@@ -17,9 +17,9 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
+from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.product import pays
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
@@ -52,26 +52,25 @@ def find(view: GraphView, taken: Set[Node]) -> Iterator[PlainDense]:
 
 def is_candidate(layer: Linear, *, act: str = "") -> bool:
     """Whether a Linear, with an activation after it or without, is faster as ours."""
-    sizes, weight = _sizes(layer), value_of(layer.weight)
-    if sizes is None or weight is None:
-        return False
-    column_major = is_column_major(weight.t() if layer.transposed else weight)
-    return pays(*sizes, column_major=column_major, act=act)
+    problem = _problem(layer, act)
+    return problem is not None and pays(problem)
 
 
-def _sizes(layer: Linear) -> tuple[torch.device, torch.dtype, tuple[Any, Any, Any]] | None:
-    """Device, dtype and sizes of the product; None where a bias is added in another dtype than it has, or rows differ.
+def _problem(layer: Linear, act: str) -> GemmProblem | None:
+    """The product of a Linear; None where a bias is added in another dtype than it has, or rows differ.
 
     The rows of a nested tensor have sizes of which nothing is known.
     """
     x, product, y = value_of(layer.input), value_of(layer.nodes[0]), value_of(layer.node)
-    bias = value_of(layer.bias)
-    if x is None or product is None or y is None or product.dtype is not y.dtype or y.is_nested:
+    bias, weight = value_of(layer.bias), value_of(layer.weight)
+    if x is None or weight is None or product is None or y is None or product.dtype is not y.dtype or y.is_nested:
         return None
     if len(layer.nodes) > 1 and bias is not None and bias.dtype is not y.dtype:
         return None
+    column_major = is_column_major(weight.t() if layer.transposed else weight)
+    sizes = math.prod(y.shape[:-1]), y.shape[-1], x.shape[-1]
     # Under autocast the dtype of the result is the one in which the product is computed.
-    return y.device, y.dtype, (math.prod(y.shape[:-1]), y.shape[-1], x.shape[-1])
+    return GemmProblem(y.device, y.dtype, sizes, column_major=column_major, activation=act)
 
 
 def _activation_after(view: GraphView, layer: Linear) -> FoundActivation | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fuse_pass.gemm.product import prepacking_pays
+from fuse_pass.gemm.product import packing_pays
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import is_plain, value_of
@@ -62,7 +62,7 @@ def _may_be_kept(view: GraphView, weight: Any, y: torch.Tensor | None) -> bool:
         and value.dtype is y.dtype
         and value.is_contiguous()
         and view.last_write(value) is None
-        and prepacking_pays(value, math.prod(y.shape[:-1]))
+        and packing_pays(value, math.prod(y.shape[:-1]))
     )
 
 

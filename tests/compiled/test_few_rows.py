@@ -13,8 +13,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_pass import FuseBackend, fuse_backend
-from fuse_pass.gemm import choice
-from fuse_pass.gemm.product import prepacking_pays, product
+from fuse_pass.gemm import measured
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.product import packing_pays, product
+from fuse_pass.gemm.providers import Sums, best
 from fuse_pass.inductor import compat
 from tests.precision import assert_as_exact_as_eager
 
@@ -153,14 +155,20 @@ def test_outside_a_graph_a_library_multiplies() -> None:
     ],
 )
 def test_where_they_pay(pays: bool, sizes: tuple[int, int, int], dtype: torch.dtype, column_major: bool) -> None:
-    assert choice.sums_pay(CPU, dtype, sizes, column_major=column_major) is pays
+    assert are_sums(GemmProblem(CPU, dtype, sizes, column_major=column_major)) is pays
+
+
+def are_sums(problem: GemmProblem) -> bool:
+    return isinstance(best(problem), Sums)
 
 
 def test_where_they_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (1, 768, 3072)
-    assert not choice.sums_pay(torch.device("cuda"), torch.float32, sizes, column_major=False)
+    assert not are_sums(GemmProblem(torch.device("cuda"), torch.float32, sizes))
+    assert not are_sums(GemmProblem(CPU, torch.float32, sizes, in_graph=False)), "run one by one, they are all stored"
+    assert not are_sums(GemmProblem(CPU, torch.float32, sizes, is_dense=False))
     monkeypatch.setattr(compat, "has_vector_loops", lambda: False)
-    assert not choice.sums_pay(CPU, torch.float32, sizes, column_major=False)
+    assert not are_sums(GemmProblem(CPU, torch.float32, sizes))
 
 
 @pytest.mark.parametrize("memory", ["fastest", "balanced", "smallest"])
@@ -176,5 +184,5 @@ def test_backward_leaves_the_input_as_it_was(dtype: torch.dtype, memory: str) ->
 @needs_vectors
 def test_a_single_row_needs_no_packed_weights() -> None:
     weight = torch.empty(1024, 1024)
-    assert not prepacking_pays(weight, 1)
-    assert prepacking_pays(weight, 2) == choice.prepacking_pays(CPU, torch.float32, (1024, 1024))
+    assert not packing_pays(weight, 1)
+    assert packing_pays(weight, 2) == ("float32" in measured.table())

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fuse_pass.ops  # noqa: F401 - registers the ops
-from fuse_pass.gemm import choice, onednn
+from fuse_pass.gemm import onednn
 from fuse_pass.gemm import product as products
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.providers import best
 from fuse_pass.inductor import compat
 from fuse_pass.numerics.activations import ACTIVATIONS
-from tests.ops.test_dense import SIZES, Calls, check, needs_onednn, operands, prefer
+from tests.ops.test_dense import ONEDNN, SIZES, Calls, check, needs_onednn, operands, prefer
 from tests.precision import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.processor
@@ -34,7 +36,7 @@ def test_bfloat16_on_processors_with_and_without_it(
     has: bool, nothing_said: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Either answer on any processor; where oneDNN cannot multiply bfloat16, aten stands in for it."""
-    prefer(choice.ONEDNN, monkeypatch)
+    prefer(ONEDNN, monkeypatch)
     if has and not onednn.multiplies(torch.bfloat16):
         monkeypatch.setattr(compat, "onednn_linear", lambda: lambda a, b, bias, *post_op: F.linear(a, b, bias))
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: has)
@@ -46,7 +48,7 @@ def test_bfloat16_on_processors_with_and_without_it(
         with Calls() as calls:
             products.product_with_activation(a, b, bias, name, (), None)
         assert ("fuse_pass::gemm" in calls.names) == has
-    assert products.pays(a.device, a.dtype, SIZES["large"]) == has
+    assert products.pays(GemmProblem(a.device, a.dtype, SIZES["large"])) == has
 
 
 GEMMS = (torch.ops.fuse_pass.gemm.default, torch.ops.fuse_pass.gemm_prepacked.default)
@@ -76,7 +78,7 @@ def test_a_call_compiled_on_another_machine_computes_by_aten(
         eager = forward(F.linear(a, b, bias), SLOPE, None)
         exact = forward(F.linear(a.double(), b.double(), bias.double()), SLOPE, None)
         assert_as_exact_as_eager(result, eager, exact, f"{op} {act}")
-    assert choice.provider(a.device, dtype) != choice.ONEDNN
+    assert best(GemmProblem(a.device, dtype)).name != ONEDNN
     with pytest.raises(onednn.NoPrimitiveError):
         torch.ops.fuse_pass.gemm(a, b, bias, "an activation that is none of ours", [], "")
 

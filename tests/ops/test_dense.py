@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.gemm import choice, onednn
+from fuse_pass.gemm import measured, onednn
 from fuse_pass.gemm import product as products
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.providers import Aten, OneDNN, Provider
 from fuse_pass.inductor import compat
 from fuse_pass.numerics import tensors
 from fuse_pass.numerics.activations import ACTIVATIONS
@@ -39,19 +41,22 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture(params=[choice.ATEN, choice.ONEDNN])
+ATEN, ONEDNN = Aten().name, OneDNN().name
+
+
+@pytest.fixture(params=[ATEN, ONEDNN])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every product above MIN_FLOP goes to this library, in the dtypes in which this processor lets it multiply."""
-    if request.param == choice.ONEDNN and compat.onednn_linear() is None:
+    if request.param == ONEDNN and compat.onednn_linear() is None:
         pytest.skip("this build of PyTorch lacks oneDNN")
     prefer(request.param, monkeypatch)
     return str(request.param)
 
 
 def prefer(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = ("float32", "bfloat16") if library == choice.ONEDNN else ()
-    table = {name + suffix: choice.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
-    monkeypatch.setattr(choice, "table", lambda: table)
+    chosen = ("float32", "bfloat16") if library == ONEDNN else ()
+    table = {name + suffix: measured.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
+    monkeypatch.setattr(measured, "table", lambda: table)
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -142,19 +147,19 @@ def test_all_libraries_mean_the_same_function(monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("this build of PyTorch lacks oneDNN")
     a, b, bias = operands("large", torch.float32)
     results = {}
-    for library in (choice.ATEN, choice.ONEDNN):
+    for library in (ATEN, ONEDNN):
         prefer(library, monkeypatch)
         results[library] = products.product(a, b, bias)
     exact = F.linear(a.double(), b.double(), bias.double())
-    assert_as_exact_as_eager(results[choice.ONEDNN], results[choice.ATEN], exact)
-    assert_as_exact_as_eager(results[choice.ATEN], results[choice.ONEDNN], exact)
+    assert_as_exact_as_eager(results[ONEDNN], results[ATEN], exact)
+    assert_as_exact_as_eager(results[ATEN], results[ONEDNN], exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_table_decides_who_computes(dtype: torch.dtype, library: str) -> None:
     """Where the processor has the product."""
     a, b, bias = operands("large", dtype)
-    by_onednn = library == choice.ONEDNN and onednn.multiplies(dtype)
+    by_onednn = library == ONEDNN and onednn.multiplies(dtype)
     with Calls() as calls:
         products.product(a, b, bias)
     assert ("fuse_pass::gemm" in calls.names) == by_onednn
@@ -165,14 +170,14 @@ def test_an_activation_joins_the_product_where_onednn_has_it(library: str) -> No
     a, b, bias = operands("large", torch.float32)
     with Calls() as calls:
         products.product_with_activation(a, b, bias, "gelu", (), None)
-    assert ("aten::gelu" in calls.names) == (library == choice.ATEN)
+    assert ("aten::gelu" in calls.names) == (library == ATEN)
     with Calls() as calls:
         products.product_with_activation(a, b, bias, "mish", (), None)
     assert "aten::mish" in calls.names
 
 
 def test_small_products_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    prefer(choice.ONEDNN, monkeypatch)
+    prefer(ONEDNN, monkeypatch)
     with Calls() as calls:
         products.product(*operands("small", torch.float32))
     assert "aten::addmm" in calls.names
@@ -180,7 +185,7 @@ def test_small_products_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float64_and_unprobed_dtypes_stay_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    prefer(choice.ONEDNN, monkeypatch)
+    prefer(ONEDNN, monkeypatch)
     with Calls() as calls:
         products.product(*operands("large", torch.float64))
     assert "aten::addmm" in calls.names
@@ -241,14 +246,15 @@ def test_gemm_passes_opcheck(transposed: bool) -> None:
 def test_unknown_sizes_choose_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    asked: list[list[int | None]] = []
-    monkeypatch.setattr(choice, "provider", lambda d, t, sizes, **k: asked.append(sizes) or choice.ATEN)
+    asked: list[tuple[int | None, ...]] = []
+    real = products.best
+    monkeypatch.setattr(products, "best", lambda problem: asked.append(problem.hints) or real(problem))
     with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
         rows = mode.shape_env.create_unbacked_symint()
         torch._check(rows >= 2)
         products.product(torch.empty(rows, 8), torch.empty(6, 8))
     products.product(torch.ones(3, 8), torch.ones(6, 8))
-    assert asked == [[None, 6, 8], [3, 6, 8]]
+    assert asked == [(None, 6, 8), (3, 6, 8)]
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -258,13 +264,14 @@ def test_unknown_sizes_choose_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> 
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who computed each product, in order."""
     found: list[str] = []
-    real = choice.provider
+    real = products.best
 
-    def noting(*arguments: Any, **options: Any) -> str:
-        found.append(real(*arguments, **options))
-        return found[-1]
+    def noting(problem: GemmProblem) -> Provider:
+        provider = real(problem)
+        found.append(provider.name)
+        return provider
 
-    monkeypatch.setattr(choice, "provider", noting)
+    monkeypatch.setattr(products, "best", noting)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.ops import llm_int8
+from fuse_pass.gemm import integers
 from fuse_pass.ops.llm_int8 import llm_int8_linear, quantize_rows
 
 D_IN, D_OUT, ROWS = 24, 10, 6
@@ -196,7 +196,7 @@ def test_nothing_is_changed_in_place_and_strides_do_not_matter() -> None:
 def test_without_the_library_the_layer_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = inputs()
     expected = llm_int8_linear(x, weight, bias)
-    monkeypatch.setattr(llm_int8, "_cpu_int_mm_is_exact", lambda: False)
+    monkeypatch.setattr(integers, "cpu_int_mm_is_exact", lambda: False)
     assert torch.equal(llm_int8_linear(x, weight, bias), expected)
 
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.gemm import choice, onednn, packed_weights
+from fuse_pass.gemm import measured, onednn, packed_weights
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.providers import Packed, best
 from fuse_pass.inductor import compat
 from fuse_pass.numerics.activations import ACTIVATIONS
 from tests.precision import assert_as_exact_as_eager
@@ -271,18 +273,22 @@ def test_where_a_packed_product_fails_the_plain_weight_is_multiplied(
 
 
 def test_only_large_weights_of_the_right_dtypes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, large = torch.device("cpu"), (1024, 1024)
-    monkeypatch.setattr(choice, "table", lambda: {"float32": choice.MIN_FLOP})
-    assert choice.prepacking_pays(cpu, torch.float32, large)
+    def pays(dtype: torch.dtype, sizes: tuple[int | None, int] = (1024, 1024), device: str = "cpu") -> bool:
+        problem = GemmProblem(torch.device(device), dtype, (16, *sizes), is_constant=True, in_graph=False)
+        return isinstance(best(problem), Packed)
+
+    monkeypatch.setattr(measured, "table", lambda: {"float32": measured.MIN_FLOP})
+    assert pays(torch.float32)
     for sizes in ((64, 64), (None, 1024), (2, 1 << 20)):
-        assert not choice.prepacking_pays(cpu, torch.float32, sizes)
-    for device, dtype in ((torch.device("cuda"), torch.float32), (cpu, torch.float64), (cpu, torch.float16)):
-        assert not choice.prepacking_pays(device, dtype, large)
+        assert not pays(torch.float32, sizes)
+    assert not pays(torch.float32, device="cuda")
+    assert not pays(torch.float64)
+    assert not pays(torch.float16)
     monkeypatch.setattr(onednn, "_failed", {torch.float32})
-    assert not choice.prepacking_pays(cpu, torch.float32, large), "where oneDNN has failed"
+    assert not pays(torch.float32), "where oneDNN has failed"
     monkeypatch.setattr(onednn, "_failed", set())
-    monkeypatch.setattr(choice, "table", dict)
-    assert not choice.prepacking_pays(cpu, torch.float32, large), "where MKL is as fast"
+    monkeypatch.setattr(measured, "table", dict)
+    assert not pays(torch.float32), "where MKL is as fast"
     for fast in (False, True):
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, fast=fast: fast)
-        assert choice.prepacking_pays(cpu, torch.bfloat16, large) == fast
+        assert pays(torch.bfloat16) == fast

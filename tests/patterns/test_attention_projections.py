@@ -22,7 +22,7 @@ from tests.quantization.samples import Sample
 
 @pytest.fixture(autouse=True)
 def asked(every_linear_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": True)
+    monkeypatch.setattr(dense, "pays", lambda problem: True)
 
 
 def calls_left(found: Captured) -> int:
@@ -62,7 +62,7 @@ def test_self_attention_keeps_its_one_merged_product(dynamic: bool) -> None:
 
 
 def test_what_does_not_pay_stays_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": False)
+    monkeypatch.setattr(dense, "pays", lambda problem: False)
     layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 2, 8)
     found = capture(lambda x: layer(x, x, x)[0], x)
     assert found.rewritten[0] is found.originals[0]
@@ -70,7 +70,7 @@ def test_what_does_not_pay_stays_one_call(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_of_two_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda device, dtype, sizes, column_major=False, act="": sizes[0] > 20)
+    monkeypatch.setattr(dense, "pays", lambda problem: problem.sizes[0] > 20)
     layer, short, long = nn.MultiheadAttention(8, 2), torch.randn(5, 2, 8), torch.randn(15, 2, 8)
     found = capture(lambda a, b: layer(a, a, a)[0].sum() + layer(b, b, b)[0].sum(), short, long)
     assert calls_left(found) == 1

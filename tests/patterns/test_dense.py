@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.gemm import choice
+from fuse_pass.gemm import measured
+from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.product import pays
 from fuse_pass.graph.view import GraphView
 from fuse_pass.ops.dense import Dense
@@ -28,7 +29,7 @@ ops = torch.ops.fuse_pass
 
 @pytest.fixture(autouse=True)
 def asked(every_linear_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": True)
+    monkeypatch.setattr(dense, "pays", lambda problem: True)
 
 
 def targets(found: Captured) -> list[Any]:
@@ -63,7 +64,7 @@ def test_it_takes_what_other_patterns_leave() -> None:
 
 
 def test_what_does_not_pay_is_neither_replaced_nor_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": False)
+    monkeypatch.setattr(dense, "pays", lambda problem: False)
     found = capture(nn.Linear(8, 24), torch.randn(4, 8))
     assert found.rewritten[0] is found.originals[0]
     assert (found.report.matches, found.report.declines) == ([], [])
@@ -71,7 +72,9 @@ def test_what_does_not_pay_is_neither_replaced_nor_reported(monkeypatch: pytest.
 
 def test_the_question_is_asked_with_the_sizes_and_dtype_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": bool(asked.append(sizes)))
+    monkeypatch.setattr(
+        dense, "pays", lambda problem: bool(asked.append((problem.device, problem.dtype, problem.sizes)))
+    )
     layer, cpu = nn.Linear(8, 24), torch.device("cpu")
     capture(layer, torch.randn(2, 5, 8))
     capture(layer, torch.randn(8))
@@ -87,30 +90,25 @@ def test_the_question_is_asked_with_the_sizes_and_dtype_of_the_product(monkeypat
 
 
 def test_small_thin_and_foreign_products_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuse_pass.gemm.product import pays
-
-    monkeypatch.setattr(choice, "table", lambda: {"float32": 1 << 22})
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    large = (512, 768, 768)
-    assert pays(cpu, torch.float32, large)
-    assert not pays(cpu, torch.float32, large, act="gelu"), "the table has no verdict on it"
-    assert not pays(cpu, torch.float32, (2, 24, 8))
-    assert not pays(cpu, torch.float32, (10_000, 2, 768))
-    assert not pays(cpu, torch.float64, large)
-    assert not pays(cpu, torch.bfloat16, large)
-    assert not pays(cuda, torch.float32, large)
-    monkeypatch.setattr(choice, "table", lambda: {"float32": 1 << 22, "float32+activation": 1 << 22})
-    assert pays(cpu, torch.float32, large, act="gelu")
-    assert not pays(cpu, torch.float32, large, act="mish"), "the library has none"
+    monkeypatch.setattr(measured, "table", lambda: {"float32": 1 << 22})
+    cpu, cuda, large = torch.device("cpu"), torch.device("cuda"), (512, 768, 768)
+    assert pays(GemmProblem(cpu, torch.float32, large))
+    assert not pays(GemmProblem(cpu, torch.float32, large, activation="gelu")), "the table has no verdict on it"
+    assert not pays(GemmProblem(cpu, torch.float32, (2, 24, 8)))
+    assert not pays(GemmProblem(cpu, torch.float32, (10_000, 2, 768)))
+    assert not pays(GemmProblem(cpu, torch.float64, large))
+    assert not pays(GemmProblem(cpu, torch.bfloat16, large))
+    assert not pays(GemmProblem(cuda, torch.float32, large))
+    monkeypatch.setattr(measured, "table", lambda: {"float32": 1 << 22, "float32+activation": 1 << 22})
+    assert pays(GemmProblem(cpu, torch.float32, large, activation="gelu"))
+    assert not pays(GemmProblem(cpu, torch.float32, large, activation="mish")), "the library has none"
 
 
 def test_the_table_decides_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuse_pass.gemm.product import pays
-
     monkeypatch.setattr(dense, "pays", pays)
     model, x = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), nn.Linear(128, 4)), torch.randn(300, 128)
     for table, count in (({"float32": 1 << 22}, 1), ({"float32": 1 << 40}, 0), ({}, 0)):
-        monkeypatch.setattr(choice, "table", lambda table=table: table)
+        monkeypatch.setattr(measured, "table", lambda table=table: table)
         assert capture(model, x).report.counts()["dense"] == count, table
 
 
@@ -146,7 +144,7 @@ def test_an_activation_that_is_not_alone_stays_outside(function: Callable[..., T
 
 
 def test_an_activation_that_does_not_pay_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": not act)
+    monkeypatch.setattr(dense, "pays", lambda problem: not problem.activation)
     found = in_inference(lambda x, w, b: F.relu(F.linear(x, w, b)), counts={"dense": 1})
     assert ops.dense.default in targets(found)
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 import fuse_pass
 from fuse_pass.backend import FuseBackend
 from fuse_pass.gemm import onednn, packed_weights
-from fuse_pass.gemm import product as products
+from fuse_pass.gemm.providers import Packed
 from fuse_pass.inductor import compat
 from fuse_pass.ops.fused_op import declaration_of
 from fuse_pass.ops.prepacked import DensePrepacked
-from fuse_pass.patterns import prepack
 from tests.capture import Captured, capture
 
 ops = torch.ops.fuse_pass
@@ -26,8 +25,7 @@ ops = torch.ops.fuse_pass
 
 @pytest.fixture(autouse=True)
 def every_weight_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (products, prepack):
-        monkeypatch.setattr(module, "prepacking_pays", lambda weight, rows: True)
+    monkeypatch.setattr(Packed, "cost", lambda self, problem: 0.0 if self.computes_activation else 0.1)
 
 
 def found(model: Callable[..., Any], *inputs: Tensor, grad: bool = False, **options: Any) -> Captured:
@@ -83,7 +81,7 @@ def test_layers_and_blocks_are_found(name: str) -> None:
 
 
 def test_what_the_pattern_dense_has_replaced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_pass.patterns.dense, "pays", lambda *sizes, column_major=False, act="": True)
+    monkeypatch.setattr(fuse_pass.patterns.dense, "pays", lambda problem: True)
     captured = found(nn.Sequential(nn.Linear(8, 24), nn.Tanh()), torch.randn(4, 8))
     assert captured.report.counts() == {"dense": 1, "prepack": 1}
     (call,) = [n for n in captured.rewritten[0].graph.nodes if n.target is ops.dense_prepacked.default]

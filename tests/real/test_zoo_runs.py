@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 import fuse_pass
 from fuse_pass.backend import FuseBackend
-from fuse_pass.gemm import choice
+from fuse_pass.gemm import measured
 from fuse_pass.testing import levels, masks
 from fuse_pass.testing.compare import Status, judge
 from fuse_pass.testing.differences import noise_of
@@ -68,7 +68,7 @@ def assert_right(name: str, training: bool, compiler: Callable[..., Any] = torch
     if (name, training) in NOT_COMPARED:
         pytest.skip(NOT_COMPARED[name, training])
     model, args, kwargs = build(name)
-    without = mock.patch.object(choice, "table", return_value={})
+    without = mock.patch.object(measured, "table", return_value={})
     products = without if name in WITHOUT_ONEDNN else contextlib.nullcontext()
     with levels.ready_to_compare(), products:
         reads_batch = name not in WITHOUT_BATCH_STATISTICS

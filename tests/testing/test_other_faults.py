@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse_pass import FuseBackend
-from fuse_pass.gemm import choice, machine
+from fuse_pass.gemm import machine, measured
 from fuse_pass.numerics import random_bits
 from fuse_pass.ops.dropout_norm import Settings as NormSettings
 from fuse_pass.testing.builder import Builder
@@ -100,12 +100,12 @@ def seeds_keep_different_numbers_of_elements() -> None:
 
 def a_table_is_of_one_processor() -> None:
     """Of the same name as another, which lacks some of its instructions."""
-    here = choice._cache_file()
+    here = measured._cache_file()
     info = {**machine._cpu_info(), "flags": "fpu sse4_2 avx avx2 fma", "Features": "asimd"}
     machine.processor.cache_clear()
     try:
         with mock.patch.object(machine, "_cpu_info", return_value=info):
-            there = choice._cache_file()
+            there = measured._cache_file()
     finally:
         machine.processor.cache_clear()
     assert here != there
@@ -145,7 +145,7 @@ OTHER_FAULTS: tuple[OtherFault, ...] = (
     ),
     OtherFault(
         "the file of GEMM measurements does not know the instructions",
-        {"fuse_pass.gemm.choice.processor": machine.cpu_name},
+        {"fuse_pass.gemm.measured.processor": machine.cpu_name},
         a_table_is_of_one_processor,
     ),
     OtherFault(

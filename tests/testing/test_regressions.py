@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fuse_pass.gemm import choice
+from fuse_pass.gemm import measured
 from fuse_pass.patterns import dense
 from fuse_pass.testing.compare import Status, check
 from fuse_pass.testing.program import Input, Program, Settings, Statement
@@ -173,7 +173,7 @@ def test_stays_right(name: str) -> None:
 
 
 def test_attention_that_is_opened_draws_the_mask_of_the_tester(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda *sizes, column_major=False, act="": True)
+    monkeypatch.setattr(dense, "pays", lambda problem: True)
     program = Program((Input("x0", (3, 5, 24), True),), (Statement("", ("y = self.layer(x0)",)),), ("y",), MEMBERS, {})
     verdict = check(program.text())
     assert verdict.status is Status.RIGHT, str(verdict)
@@ -231,6 +231,6 @@ class Model(nn.Module):
 
 def test_the_other_library_s_order_of_summation_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN errs four times as much as MKL in a product of such rows; both are eager PyTorch's."""
-    monkeypatch.setattr(choice, "table", lambda: {"float32": choice.MIN_FLOP})
+    monkeypatch.setattr(measured, "table", lambda: {"float32": measured.MIN_FLOP})
     verdict = check(CONSTANT_ROWS_TWICE_MULTIPLIED)
     assert verdict.status is Status.RIGHT, str(verdict)

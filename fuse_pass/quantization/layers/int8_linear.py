@@ -7,7 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fuse_pass.ops.llm_int8 import QMAX, checked_threshold, llm_int8_linear, quantize_rows
+from fuse_pass.gemm.integers import QMAX
+from fuse_pass.ops.llm_int8 import checked_threshold, llm_int8_linear, quantize_rows
 
 
 class HasInt8Weights(nn.Module):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuse_pass.gemm import choice, onednn
+from fuse_pass.gemm import measured, onednn
 from fuse_pass.inductor import compat
+from tests.gemm.test_providers import chosen
 
-CPU = torch.device("cpu")
-BREAK_EVEN = 4 * choice.MIN_FLOP
-LARGE, MEDIUM, SMALL = (512, 256, 256), (100, 100, 100), (10, 10, 10)
+BREAK_EVEN = 4 * measured.MIN_FLOP
+LARGE = (512, 256, 256)
 SIZES = (256, 768, 768)
 VERDICTS = {"float32": BREAK_EVEN}
 pytestmark = [
@@ -40,39 +40,39 @@ class Probe:
 
 @pytest.fixture(autouse=True)
 def forgotten_table() -> Iterator[None]:
-    choice.table.cache_clear()
+    measured.table.cache_clear()
     yield
-    choice.table.cache_clear()
+    measured.table.cache_clear()
 
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> Probe:
     found = Probe()
-    monkeypatch.setattr(choice, "_probe", found)
+    monkeypatch.setattr(measured, "_probe", found)
     return found
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    path = choice._cache_file()
+    path = measured._cache_file()
     assert path.is_relative_to(tmp_path)
     return path
 
 
 def next_process() -> dict[str, int]:
-    choice.table.cache_clear()
-    return choice.table()
+    measured.table.cache_clear()
+    return measured.table()
 
 
 def test_probed_once_and_read_again(file: Path, probe: Probe) -> None:
-    assert choice.table() == VERDICTS
+    assert measured.table() == VERDICTS
     written = json.loads(file.read_text())
     assert written["break_even_flop"] == VERDICTS
-    assert written["machine"] == choice._machine()
+    assert written["machine"] == measured._machine()
     assert torch.__version__ in written["machine"]
     assert next_process() == VERDICTS
-    assert choice.table() == VERDICTS
+    assert measured.table() == VERDICTS
     assert probe.runs == 1
     assert list(file.parent.iterdir()) == [file], "a temporary file is left"
 
@@ -80,18 +80,18 @@ def test_probed_once_and_read_again(file: Path, probe: Probe) -> None:
 def write_verdicts(file: Path, verdicts: str, machine: str | None = None) -> None:
     """The file as `gemm` writes it, with this JSON as its verdicts."""
     file.parent.mkdir(parents=True)
-    file.write_text(f'{{"machine": {json.dumps(machine or choice._machine())}, "break_even_flop": {verdicts}}}')
+    file.write_text(f'{{"machine": {json.dumps(machine or measured._machine())}, "break_even_flop": {verdicts}}}')
 
 
-@pytest.mark.parametrize("verdicts", [{"bfloat16": 1 << 21}, {"float32+activation": choice.MIN_FLOP}, {}])
+@pytest.mark.parametrize("verdicts", [{"bfloat16": 1 << 21}, {"float32+activation": measured.MIN_FLOP}, {}])
 def test_the_file_is_believed(verdicts: dict[str, int], file: Path, probe: Probe) -> None:
     write_verdicts(file, json.dumps(verdicts))
-    assert choice.table() == verdicts
+    assert measured.table() == verdicts
     assert probe.runs == 0
 
 
 def assert_replaced(file: Path, probe: Probe) -> None:
-    assert choice.table() == VERDICTS
+    assert measured.table() == VERDICTS
     assert next_process() == VERDICTS
     assert probe.runs == 1
     assert json.loads(file.read_text())["break_even_flop"] == VERDICTS
@@ -131,14 +131,14 @@ def test_a_file_of_another_machine_is_replaced(file: Path, probe: Probe) -> None
 def test_an_unwritable_cache_costs_only_a_probe(file: Path, probe: Probe) -> None:
     file.parent.parent.mkdir(parents=True, exist_ok=True)
     file.parent.write_text("a file stands where the folder should be")
-    assert choice.table() == VERDICTS
+    assert measured.table() == VERDICTS
     assert next_process() == VERDICTS
     assert probe.runs == 2
 
 
 def test_a_directory_in_place_of_the_file(file: Path, probe: Probe) -> None:
     (file / "in the way").mkdir(parents=True)
-    assert choice.table() == VERDICTS
+    assert measured.table() == VERDICTS
 
 
 def test_all_that_a_verdict_depends_on_has_its_own_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,17 +146,17 @@ def test_all_that_a_verdict_depends_on_has_its_own_file(file: Path, monkeypatch:
     others: list[tuple[object, str, object]] = [
         (torch, "get_num_threads", lambda: 77),
         (torch, "__version__", "9.9"),
-        (choice, "processor", lambda: "another CPU @ 3 GHz / x"),
-        (choice, "instruction_set", lambda: "SIMD77"),
+        (measured, "processor", lambda: "another CPU @ 3 GHz / x"),
+        (measured, "instruction_set", lambda: "SIMD77"),
         (onednn, "multiplies", lambda dtype: False),
         (onednn, "multiplies", lambda dtype: dtype in (torch.float16, torch.int8)),
         (compat, "onednn_version", lambda: "7.7"),
-        (choice, "_VERSION", 77),
+        (measured, "_VERSION", 77),
     ]
     for owner, name, value in others:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
-            files.add(choice._cache_file())
+            files.add(measured._cache_file())
     assert len(files) == len(others) + 1
     assert all(path.parent == file.parent for path in files)
 
@@ -164,98 +164,33 @@ def test_all_that_a_verdict_depends_on_has_its_own_file(file: Path, monkeypatch:
 def test_processors_of_one_name_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`AMD EPYC` is any of five generations. Their caches meet where a home or an image of a container is shared."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    found = {"rich": {"bfloat16": choice.MIN_FLOP}, "poor": {"float32": 8 * choice.MIN_FLOP}}
+    found = {"rich": {"bfloat16": measured.MIN_FLOP}, "poor": {"float32": 8 * measured.MIN_FLOP}}
     probed = []
     for kind in ("rich", "poor", "rich", "poor"):
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, kind=kind: kind == "rich")
-        monkeypatch.setattr(choice, "_probe", lambda kind=kind: probed.append(kind) or found[kind])
+        monkeypatch.setattr(measured, "_probe", lambda kind=kind: probed.append(kind) or found[kind])
         assert next_process() == found[kind]
-        assert choice.provider(CPU, torch.bfloat16, LARGE) == (choice.ONEDNN if kind == "rich" else choice.ATEN)
+        assert chosen(torch.bfloat16, LARGE) == ("onednn" if kind == "rich" else "aten")
     assert probed == ["rich", "poor"]
-
-
-def test_a_dtype_that_onednn_does_not_multiply_stays_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the table says."""
-    everything = dict.fromkeys(choice._KEYS, choice.MIN_FLOP)
-    monkeypatch.setattr(choice, "table", lambda: everything)
-    weight = (1024, 1024)
-    for has in (True, False):
-        monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, has=has: has)
-        for with_activation in (False, True):
-            chosen = choice.provider(CPU, torch.bfloat16, LARGE, with_activation=with_activation)
-            assert chosen == (choice.ONEDNN if has else choice.ATEN)
-        assert choice.prepacking_pays(CPU, torch.bfloat16, weight) == has
-        assert choice.provider(CPU, torch.float32, LARGE) == choice.ONEDNN
-    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
-    monkeypatch.setattr(onednn, "_failed", {torch.bfloat16, torch.float32})
-    for dtype in (torch.bfloat16, torch.float32):
-        assert choice.provider(CPU, dtype, LARGE) == choice.ATEN
-        assert not choice.prepacking_pays(CPU, dtype, weight)
-
-
-def test_small_products_stay_with_aten(file: Path, probe: Probe) -> None:
-    assert choice.provider(CPU, torch.float32, SMALL) == choice.ATEN
-    assert probe.runs == 0, "below MIN_FLOP nobody asks the probe"
-    assert 2 * math.prod(MEDIUM) < BREAK_EVEN <= 2 * math.prod(LARGE)
-    assert choice.provider(CPU, torch.float32, MEDIUM) == choice.ATEN
-    assert choice.provider(CPU, torch.float32, LARGE) == choice.ONEDNN
-    assert choice.provider(CPU, torch.float32) == choice.ONEDNN
-    assert choice.provider(CPU, torch.float32, (None, 8, 8)) == choice.ONEDNN, "an unknown size is taken as large"
-
-
-def test_thin_products_stay_with_aten(file: Path, probe: Probe) -> None:
-    many = 1_000_000
-    assert choice.provider(CPU, torch.float32, (many, 3, many)) == choice.ATEN
-    assert choice.provider(CPU, torch.float32, (many, many, 1)) == choice.ATEN, "an outer product"
-    assert choice.provider(CPU, torch.float32, (None, None, 1)) == choice.ATEN
-    assert choice.provider(CPU, torch.float32, (2, many, many)) == choice.ATEN
-    assert choice.provider(CPU, torch.float32, (3, many, many)) == choice.ONEDNN
-    narrow = (many, 63, many)
-    assert choice.provider(CPU, torch.float32, narrow) == choice.ONEDNN
-    assert choice.provider(CPU, torch.float32, narrow, weight_gradient=True) == choice.ATEN
-
-
-def test_verdicts_are_per_dtype_and_epilogue(file: Path, probe: Probe) -> None:
-    assert choice.provider(CPU, torch.float32, LARGE) == choice.ONEDNN
-    assert choice.provider(CPU, torch.float32, LARGE, with_activation=True) == choice.ATEN
-    for dtype in (torch.float64, torch.bfloat16, torch.int8):
-        assert choice.provider(CPU, dtype, LARGE) == choice.ATEN
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_other_devices_stay_with_aten(dtype: torch.dtype, probe: Probe) -> None:
-    for device in ("cuda", "meta", "mps"):
-        assert choice.provider(torch.device(device), dtype, LARGE) == choice.ATEN
-    assert probe.runs == 0
-
-
-@pytest.mark.parametrize("sizes", [(), SMALL, LARGE])
-def test_float16_without_hardware_never_reaches_the_scalar_loop(
-    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, file: Path, probe: Probe
-) -> None:
-    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: False)
-    assert choice.provider(CPU, torch.float16, sizes) == choice.VIA_FLOAT32
-    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
-    assert choice.provider(CPU, torch.float16, sizes) == choice.ATEN
 
 
 def test_without_onednn_nothing_is_probed(monkeypatch: pytest.MonkeyPatch, file: Path, probe: Probe) -> None:
     monkeypatch.setattr(compat, "onednn_linear", lambda: None)
-    assert choice.table() == {}
-    assert choice.provider(CPU, torch.float32, LARGE) == choice.ATEN
+    assert measured.table() == {}
+    assert chosen(torch.float32, LARGE) == "aten"
     assert probe.runs == 0
     assert not file.exists()
 
 
 def assert_is_a_table(table: dict[str, int]) -> None:
     assert set(table) <= {name + suffix for name in ("float32", "bfloat16") for suffix in ("", "+activation")}
-    assert all(flop >= choice.MIN_FLOP for flop in table.values())
+    assert all(flop >= measured.MIN_FLOP for flop in table.values())
 
 
 def test_the_real_probe(file: Path) -> None:
     before = torch.get_rng_state()
-    assert_is_a_table(choice.table())
-    assert next_process() == choice.table()
+    assert_is_a_table(measured.table())
+    assert next_process() == measured.table()
     assert torch.equal(torch.get_rng_state(), before), "the probe draws from the user's generator"
 
 
@@ -272,34 +207,34 @@ def test_a_product_that_fails_in_the_probe_is_no_candidate(file: Path, monkeypat
     monkeypatch.setattr(onednn, "_failed", set())
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
     monkeypatch.setattr(compat, "onednn_linear", lambda: linear)
-    assert_is_a_table(choice.table())
-    found = choice.table()
+    assert_is_a_table(measured.table())
+    found = measured.table()
     assert not {key for key in found if key.startswith("bfloat16")}
     assert not onednn.multiplies(torch.bfloat16)
     monkeypatch.setattr(onednn, "_failed", set())
-    monkeypatch.setattr(choice, "_probe", lambda: pytest.fail("probed again in the next process"))
+    monkeypatch.setattr(measured, "_probe", lambda: pytest.fail("probed again in the next process"))
     assert next_process() == found
 
 
 def test_the_probe_works_in_the_middle_of_a_trace(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors, proxies and autocast active it still multiplies real float32 matrices."""
     seen = []
-    real = choice._seconds_per_product
+    real = measured._seconds_per_product
 
     def watched(aten: list[Callable[[], torch.Tensor]], onednn: list[Callable[[], torch.Tensor]]) -> Any:
         seen.extend((type(output), output.dtype) for output in (run() for run in (*aten, *onednn)))
         return real(aten, onednn)
 
-    monkeypatch.setattr(choice, "_seconds_per_product", watched)
+    monkeypatch.setattr(measured, "_seconds_per_product", watched)
     found = []
 
     def traced(x: torch.Tensor) -> torch.Tensor:
-        choice.table.cache_clear()
-        found.append(choice.table())
+        measured.table.cache_clear()
+        found.append(measured.table())
         return x + 1
 
     with torch.autocast("cpu", torch.bfloat16), torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()):
-        found.append(choice.table())
+        found.append(measured.table())
     torch.fx.experimental.proxy_tensor.make_fx(traced, tracing_mode="symbolic")(torch.ones(3))
     assert len(found) == 2
     for table in found:
@@ -310,19 +245,19 @@ def test_the_probe_works_in_the_middle_of_a_trace(file: Path, monkeypatch: pytes
 
 def test_a_tie_goes_to_aten() -> None:
     equal_calls = (1e-6, 1e-6)
-    for least in (choice.MIN_GAIN, choice.MIN_GAIN_WITH_ACTIVATION):
-        for gain, chosen in ((least, None), (least + 0.01, 1 << 20), (0.5, None)):
-            assert choice._break_even((gain * 1e-3, 1e-3), equal_calls, SIZES, least) == chosen, gain
+    for least in (measured.MIN_GAIN, measured.MIN_GAIN_WITH_ACTIVATION):
+        for gain, expected in ((least, None), (least + 0.01, 1 << 20), (0.5, None)):
+            assert measured._break_even((gain * 1e-3, 1e-3), equal_calls, SIZES, least) == expected, gain
 
 
 def test_a_longer_call_moves_the_break_even() -> None:
     """Twice as fast, saving 1 ms in the large product: a call that is 10 us longer is worth a hundredth of it."""
-    flop = choice._break_even((2e-3, 1e-3), (2e-6, 12e-6), SIZES, choice.MIN_GAIN)
+    flop = measured._break_even((2e-3, 1e-3), (2e-6, 12e-6), SIZES, measured.MIN_GAIN)
     hundredth = 2 * math.prod(SIZES) / 100
     assert flop is not None
-    assert choice._MARGIN * hundredth <= flop <= 2 * choice._MARGIN * hundredth
+    assert measured._MARGIN * hundredth <= flop <= 2 * measured._MARGIN * hundredth
     assert flop & (flop - 1) == 0, "a power of two"
-    assert choice._break_even((2e-3, 1e-3), (5e-6, 1e-6), SIZES, choice.MIN_GAIN) == 1 << 20, (
+    assert measured._break_even((2e-3, 1e-3), (5e-6, 1e-6), SIZES, measured.MIN_GAIN) == 1 << 20, (
         "a shorter call pays at once"
     )
 
@@ -332,7 +267,7 @@ def test_an_activation_of_half_types_is_computed_in_float32_by_aten(monkeypatch:
     seen = []
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda h: seen.append(h.dtype) or gelu(h))
-    (by_aten,), (by_onednn,) = choice._contenders((8, 16, 24), torch.bfloat16, with_activation=True)
+    (by_aten,), (by_onednn,) = measured._contenders((8, 16, 24), torch.bfloat16, with_activation=True)
     assert by_aten().dtype is torch.bfloat16
     assert seen == [torch.float32]
     if onednn.multiplies(torch.bfloat16):  # or the probe leaves bfloat16 out
@@ -342,7 +277,7 @@ def test_an_activation_of_half_types_is_computed_in_float32_by_aten(monkeypatch:
 def test_the_least_times_count() -> None:
     """A product that was disturbed once is not slower for it; several are averaged."""
     pauses = iter([0.05] * 2 + [0.004] * 100)
-    aten, onednn = choice._seconds_per_product(
+    aten, onednn = measured._seconds_per_product(
         [lambda: time.sleep(next(pauses)), lambda: time.sleep(0.008)], [lambda: time.sleep(0.002)]
     )
     assert 0.006 <= aten < 0.02
