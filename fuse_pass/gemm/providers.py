@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fuse_pass.gemm import integers, measured, onednn
+from fuse_pass.gemm import integers, measured, onednn, probe
+from fuse_pass.gemm.probe import Kind
 from fuse_pass.gemm.problem import Epilogue, GemmProblem
 from fuse_pass.inductor import compat
 from fuse_pass.numerics.tensors import accumulation_dtype
@@ -38,6 +39,8 @@ _DECOMPOSED_BY_INDUCTOR = 16
 
 # Elements of a weight from which a packed copy saves more than it takes to see that the weight has not changed (30 us).
 _MIN_ELEMENTS_PACKED = 1 << 19
+# Rows up to which packing a plain weight costs more than its arithmetic.
+_FEW_ROWS = 64
 
 
 class Provider(Protocol):
@@ -130,15 +133,16 @@ class OneDNN:
         flop = problem.flop
         if _is_thin(*problem.hints, of_gradient=problem.both_transposed):
             return math.inf
-        if flop is not None and flop < measured.MIN_FLOP:
+        if flop is not None and flop < probe.MIN_FLOP:
             return math.inf
         # What is measured for bfloat16 may be that the activation pays and the product alone does not.
-        break_even = measured.table().get(measured.key(problem.dtype, with_activation=self.computes_activation))
+        kind = Kind.WITH_ACTIVATION if self.computes_activation else Kind.PLAIN
+        break_even = measured.table().get(measured.name(problem.dtype, kind))
         if break_even is None or (flop is not None and flop < break_even):
             return math.inf
         if self.computes_activation:
-            return _OWN / measured.MIN_GAIN_WITH_ACTIVATION
-        return _OWN / measured.MIN_GAIN + _pass_of(problem)
+            return _OWN / probe.MIN_GAIN_WITH_ACTIVATION
+        return _OWN / probe.MIN_GAIN + _pass_of(problem)
 
     def run(self, a: Tensor, b: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
         if not self.computes_activation or epilogue is None:
@@ -167,15 +171,14 @@ class Packed:
         return onednn.multiplies(problem.dtype)
 
     def cost(self, problem: GemmProblem) -> float:
-        _, columns, inner = problem.hints
+        rows, columns, inner = problem.hints
         if columns is None or inner is None or columns * inner < _MIN_ELEMENTS_PACKED:
             return math.inf
-        rows = problem.sizes[0]
-        is_single = isinstance(rows, int) and rows == 1  # which reads the weight once, in any order
+        is_single = isinstance(problem.sizes[0], int) and rows == 1  # which reads the weight once, in any order
         if is_single or _is_thin(None, columns, inner):
             return math.inf
-        # In bfloat16 aten calls oneDNN too.
-        if problem.dtype is not torch.bfloat16 and measured.key(problem.dtype) not in measured.table():
+        kind = Kind.PACKED_MANY_ROWS if rows is None or rows > _FEW_ROWS else Kind.PACKED_FEW_ROWS
+        if measured.name(problem.dtype, kind) not in measured.table():
             return math.inf
         return 0.5 + (0.0 if self.computes_activation else _pass_of(problem))
 

@@ -12,6 +12,7 @@ import fuse_pass
 from fuse_pass.cli import main
 from fuse_pass.commands import demo
 from fuse_pass.commands.sentences import SENTENCES
+from fuse_pass.gemm import measured, probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,29 @@ def test_unknown_reference_model_names_the_valid_ones(capsys: pytest.CaptureFixt
 def test_mistakes_are_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_probe_shows_and_renews_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    verdicts = iter([[None], [1 << 22]])
+    monkeypatch.setattr(probe, "QUESTIONS", probe.QUESTIONS[:1])
+    monkeypatch.setattr(measured, "QUESTIONS", probe.QUESTIONS)
+    monkeypatch.setattr(probe, "ask", lambda question: next(verdicts))
+    monkeypatch.setattr(probe, "contradicts", lambda question, break_even: False)
+    measured.table.cache_clear()
+    for arguments, verdict in (
+        ([], "PyTorch's own choice"),
+        ([], "own choice"),
+        (["--renew"], "oneDNN from 4 MFLOP on"),
+    ):
+        assert main(["probe", *arguments]) == 0
+        printed = capsys.readouterr().out
+        (line,) = (line for line in printed.splitlines() if line.startswith("float32  "))
+        assert verdict in line
+        assert f"kept in {tmp_path}" in printed
+    measured.table.cache_clear()
 
 
 def test_demo_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_pass import FuseBackend, fuse_backend
 from fuse_pass.gemm import measured
+from fuse_pass.gemm.probe import Kind
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.product import packing_pays, product
 from fuse_pass.gemm.providers import Sums, best
@@ -185,4 +186,4 @@ def test_backward_leaves_the_input_as_it_was(dtype: torch.dtype, memory: str) ->
 def test_a_single_row_needs_no_packed_weights() -> None:
     weight = torch.empty(1024, 1024)
     assert not packing_pays(weight, 1)
-    assert packing_pays(weight, 2) == ("float32" in measured.table())
+    assert packing_pays(weight, 2) == (measured.name(torch.float32, Kind.PACKED_FEW_ROWS) in measured.table())

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fuse_pass.gemm import integers, measured, onednn
+from fuse_pass.gemm import integers, measured, onednn, probe
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.providers import PROVIDERS, best
 from fuse_pass.inductor import compat
 
 CPU = torch.device("cpu")
-BREAK_EVEN = 4 * measured.MIN_FLOP
+BREAK_EVEN = 4 * probe.MIN_FLOP
 LARGE, MEDIUM, SMALL = (512, 256, 256), (100, 100, 100), (10, 10, 10)
 UNKNOWN = (None, None, None)
 pytestmark = [
@@ -48,7 +48,7 @@ def test_every_row_has_a_name_of_its_own() -> None:
 
 def test_a_dtype_that_onednn_does_not_multiply_stays_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the table says."""
-    everything = dict.fromkeys(measured._KEYS, measured.MIN_FLOP)
+    everything = {question.name: probe.MIN_FLOP for question in probe.QUESTIONS}
     monkeypatch.setattr(measured, "table", lambda: everything)
     constant = (16, 1024, 1024)
     for has in (True, False):
@@ -90,7 +90,7 @@ def test_verdicts_are_per_dtype_and_epilogue(asked: list[None], monkeypatch: pyt
     assert chosen(torch.float32, LARGE, activation="gelu") == "onednn", "the activation by itself"
     for dtype in (torch.float64, torch.bfloat16):
         assert chosen(dtype, LARGE) == "aten"
-    monkeypatch.setattr(measured, "table", lambda: {"float32+activation": measured.MIN_FLOP})
+    monkeypatch.setattr(measured, "table", lambda: {"float32+activation": probe.MIN_FLOP})
     assert chosen(torch.float32, LARGE) == "aten"
     assert chosen(torch.float32, LARGE, activation="gelu") == "onednn+activation"
     assert chosen(torch.float32, LARGE, activation="mish") == "aten", "the library has none"

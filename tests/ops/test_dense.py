@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.gemm import measured, onednn
+from fuse_pass.gemm import measured, onednn, probe
 from fuse_pass.gemm import product as products
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.providers import Aten, OneDNN, Provider
@@ -55,7 +55,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def prefer(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("float32", "bfloat16") if library == ONEDNN else ()
-    table = {name + suffix: measured.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
+    table = {name + suffix: probe.MIN_FLOP for name in chosen for suffix in ("", "+activation")}
     monkeypatch.setattr(measured, "table", lambda: table)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.gemm import measured, onednn, packed_weights
+from fuse_pass.gemm import measured, onednn, packed_weights, probe
+from fuse_pass.gemm.probe import Kind
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.providers import Packed, best
 from fuse_pass.inductor import compat
@@ -273,11 +274,17 @@ def test_where_a_packed_product_fails_the_plain_weight_is_multiplied(
 
 
 def test_only_large_weights_of_the_right_dtypes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pays(dtype: torch.dtype, sizes: tuple[int | None, int] = (1024, 1024), device: str = "cpu") -> bool:
-        problem = GemmProblem(torch.device(device), dtype, (16, *sizes), is_constant=True, in_graph=False)
+    def pays(
+        dtype: torch.dtype, sizes: tuple[int | None, int] = (1024, 1024), device: str = "cpu", rows: int | None = 16
+    ) -> bool:
+        problem = GemmProblem(torch.device(device), dtype, (rows, *sizes), is_constant=True, in_graph=False)
         return isinstance(best(problem), Packed)
 
-    monkeypatch.setattr(measured, "table", lambda: {"float32": measured.MIN_FLOP})
+    few, many = Kind.PACKED_FEW_ROWS, Kind.PACKED_MANY_ROWS
+    table = {
+        measured.name(dtype, kind): probe.MIN_FLOP for dtype in (torch.float32, torch.bfloat16) for kind in (few, many)
+    }
+    monkeypatch.setattr(measured, "table", lambda: table)
     assert pays(torch.float32)
     for sizes in ((64, 64), (None, 1024), (2, 1 << 20)):
         assert not pays(torch.float32, sizes)
@@ -287,8 +294,10 @@ def test_only_large_weights_of_the_right_dtypes_pay(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onednn, "_failed", {torch.float32})
     assert not pays(torch.float32), "where oneDNN has failed"
     monkeypatch.setattr(onednn, "_failed", set())
-    monkeypatch.setattr(measured, "table", dict)
-    assert not pays(torch.float32), "where MKL is as fast"
+    for kind, rows in ((few, {2: True, 64: True, 65: False, None: False}), (many, {2: False, 65: True, None: True})):
+        monkeypatch.setattr(measured, "table", lambda kind=kind: {measured.name(torch.float32, kind): probe.MIN_FLOP})
+        assert {count: pays(torch.float32, rows=count) for count in rows} == rows, "where MKL is as fast"
+    monkeypatch.setattr(measured, "table", lambda: table)
     for fast in (False, True):
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, fast=fast: fast)
         assert pays(torch.bfloat16) == fast

@@ -100,12 +100,12 @@ def seeds_keep_different_numbers_of_elements() -> None:
 
 def a_table_is_of_one_processor() -> None:
     """Of the same name as another, which lacks some of its instructions."""
-    here = measured._cache_file()
+    here = measured.cache_file()
     info = {**machine._cpu_info(), "flags": "fpu sse4_2 avx avx2 fma", "Features": "asimd"}
     machine.processor.cache_clear()
     try:
         with mock.patch.object(machine, "_cpu_info", return_value=info):
-            there = measured._cache_file()
+            there = measured.cache_file()
     finally:
         machine.processor.cache_clear()
     assert here != there

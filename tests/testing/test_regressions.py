@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fuse_pass.gemm import measured
+from fuse_pass.gemm import measured, probe
 from fuse_pass.patterns import dense
 from fuse_pass.testing.compare import Status, check
 from fuse_pass.testing.program import Input, Program, Settings, Statement
@@ -231,6 +231,6 @@ class Model(nn.Module):
 
 def test_the_other_library_s_order_of_summation_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN errs four times as much as MKL in a product of such rows; both are eager PyTorch's."""
-    monkeypatch.setattr(measured, "table", lambda: {"float32": measured.MIN_FLOP})
+    monkeypatch.setattr(measured, "table", lambda: {"float32": probe.MIN_FLOP})
     verdict = check(CONSTANT_ROWS_TWICE_MULTIPLIED)
     assert verdict.status is Status.RIGHT, str(verdict)
