@@ -19,6 +19,7 @@ ROOMS = (
     "numerics",  # exact arithmetic on tensors
     "graph",  # reading and writing Dynamo graphs
     "gemm",  # who multiplies
+    "kernels",  # C++ for weights of few bits
     "ops",  # operators, one declaration each
     "joint",  # passes over the joint graph
     "quantization",  # functions, observers, calibration, conversion, layers

@@ -27,10 +27,15 @@ def processor() -> str:
     may be wrong on the other.
     """
     info = _cpu_info()
-    instructions = (info.get("flags") or info.get("Features") or "").split()
-    arithmetic = " ".join(sorted(name for name in set(instructions) if name.startswith(_ARITHMETIC)))
+    arithmetic = " ".join(sorted(name for name in instructions() if name.startswith(_ARITHMETIC)))
     models = [info[field] for field in ("cpu family", "model", "CPU implementer", "CPU part") if field in info]
     return ", ".join((cpu_name(), *models, arithmetic))
+
+
+def instructions() -> frozenset[str]:
+    """All that Linux says the processor can do, e.g. `avx2`; empty elsewhere."""
+    info = _cpu_info()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 def _cpu_info() -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""Compiles our C++ once per machine, with the compiler that Inductor uses, and loads it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from fuse_pass.gemm.machine import instructions, processor
+from fuse_pass.inductor import compat
+from fuse_pass.inductor.cpp_compiler import cpp_compiler
+
+_SOURCE = Path(__file__).with_name("few_bits.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+# For each LEVEL of the source: the instructions that it takes for granted.
+_LEVELS = {
+    2: ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "fma"),
+    1: ("avx2", "fma"),
+    0: (),
+}
+
+
+def level() -> int:
+    """Which LEVEL of the source this processor runs; no more than what PyTorch itself uses here."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    allowed = 2 if capability == "AVX512" else 1 if capability == "AVX2" else 0
+    return next(level for level, needs in _LEVELS.items() if level <= allowed and instructions().issuperset(needs))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, after a warning, where they cannot be compiled."""
+    return load()
+
+
+def load() -> ctypes.CDLL | None:
+    """Compiles the kernels for `level()` if that was not done before, and loads them."""
+    compiler = cpp_compiler()
+    if compiler is None:
+        _say_without("no C++ compiler was found (Inductor looks for one in the same way: set CXX)")
+        return None
+    flags = [*_FLAGS, f"-DLEVEL={level()}", *(f"-m{name.replace('_', '')}" for name in _LEVELS[level()])]
+    path = _path(compiler, flags)
+    if not path.exists():
+        try:
+            _compile([compiler, *flags, str(_SOURCE)], path)
+        except (OSError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stderr", None) or str(error)
+            _say_without(f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else error}")
+            return None
+    return ctypes.CDLL(str(path))
+
+
+def _path(compiler: str, flags: list[str]) -> Path:
+    """A name for these sources, compiled so, here: the folder may be shared by different machines."""
+    version = _output(compiler, "-dumpfullversion")
+    parts = (_SOURCE.read_text(), compiler, version, *flags, processor())
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return Path(compat.cache_dir()) / "fuse_pass" / f"few_bits-{digest}.so"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:  # said when it is to compile
+        return ""
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Atomic: another process finds the whole library or none, and compiles its own meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        subprocess.run([*command, "-o", temporary], check=True, capture_output=True, text=True)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _say_without(why: str) -> None:
+    warnings.warn(
+        f"fuse_pass: packed weights are multiplied by plain PyTorch, many times slower: {why}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

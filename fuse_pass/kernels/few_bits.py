@@ -1,0 +1,177 @@
+"""Products of matrices with weights of 8, 4, 2 or 1 bits, and the order in which such weights are packed.
+
+Weights are codes `[columns, inner]`, packed into `words` int32 `[tiles, words per column, 16]`: see `few_bits.cpp`. The
+order is the same on every machine. A code of `bits` bits takes exactly that much memory, but for the padding of columns
+to a multiple of 16 and of the inner size to one of `32 / bits`.
+
+What a code means is the caller's affair: `integer_product` takes codes as the unsigned numbers that they are, and
+`float_product` looks them up in a table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuse_pass.kernels import build
+
+TILE = 16
+WIDTHS = (8, 4, 2, 1)
+# The largest inner size at which no sum of products of int8 values and codes of 8 bits leaves int32.
+MAX_INNER = (2**31 - 1) // (128 * 255)
+
+
+def padded_inner(inner: int, bits: int) -> int:
+    """The inner size that packed weights have."""
+    return -(-inner // (32 // bits)) * (32 // bits)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """`[columns, inner] → words [ceil(columns / 16), ceil(inner · bits / 32), 16]`, int32.
+
+    Args:
+        codes: integers in 0 … 2^bits - 1.
+        bits: one of `WIDTHS`.
+    """
+    columns, inner = codes.shape
+    per_word = 32 // bits
+    codes = F.pad(codes.to(torch.uint8), (0, -inner % per_word, 0, -columns % TILE))
+    parts = codes.view(codes.shape[0] // TILE, TILE, codes.shape[1] // per_word, 8 // bits, 4)
+    octets = parts[..., 0, :]
+    for j in range(1, 8 // bits):
+        octets = octets | (parts[..., j, :] << (bits * j))
+    words: Tensor = octets.contiguous().view(torch.int32).squeeze(-1)
+    return words.transpose(1, 2).contiguous()
+
+
+def unpack(words: Tensor, columns: int, inner: int, bits: int) -> Tensor:
+    """The codes `[columns, inner]`, uint8, that `pack` packed."""
+    octets = words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.uint8)
+    mask = (1 << bits) - 1
+    parts = torch.stack([(octets >> (bits * j)) & mask for j in range(8 // bits)], dim=-2)
+    return parts.flatten(2).flatten(0, 1)[:columns, :inner]
+
+
+def pack_columns(values: Tensor) -> Tensor:
+    """One value for every column and group, in the order of tiles: `[columns, groups] → [tiles, groups, 16]`."""
+    padded = F.pad(values, (0, 0, 0, -values.shape[0] % TILE))
+    return padded.view(padded.shape[0] // TILE, TILE, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def unpack_columns(values: Tensor, columns: int) -> Tensor:
+    """`[tiles, groups, 16] → [columns, groups]`."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1])[:columns]
+
+
+def integer_product(a: Tensor, words: Tensor, columns: int, bits: int) -> Tensor:
+    """`a [rows, inner] @ codes [columns, inner].T → [rows, columns]`, int32, exact.
+
+    Args:
+        a: int8.
+        words: the codes as `pack` packs them, taken as unsigned numbers.
+        columns: how many columns there are.
+        bits: of a code.
+
+    Raises:
+        ValueError: an inner size other than that of the words, or above `MAX_INNER`.
+    """
+    rows, inner = a.shape
+    needed = words.shape[1] * (32 // bits)
+    if padded_inner(inner, bits) != needed or inner > MAX_INNER:
+        raise ValueError(
+            f"integer_product: expected {needed - 32 // bits + 1} to {needed} summed columns for these weights, at "
+            f"most {MAX_INNER} (int32 would overflow), got {inner}"
+        )
+    library = build.library() if a.device.type == "cpu" else None
+    if library is None:
+        return _integer_product(a, unpack(words, columns, inner, bits))
+    a = F.pad(a, (0, needed - inner)) if needed > inner else a.contiguous()
+    y = a.new_empty(rows, columns, dtype=torch.int32)
+    library.integer_product(
+        *_addresses(a),
+        *_longs(rows, needed),
+        *_addresses(words),
+        *_longs(words.shape[1]),
+        *_addresses(y),
+        *_longs(columns, bits, _threads(rows * columns * inner)),
+    )
+    return y
+
+
+def _integer_product(a: Tensor, codes: Tensor) -> Tensor:
+    """The same in float64, whose sums are exact far beyond int32."""
+    return (a.double() @ codes.double().t()).to(torch.int32)
+
+
+def float_product(
+    x: Tensor, words: Tensor, table: Tensor, scale: Tensor, shift: Tensor | None, columns: int, bits: int
+) -> Tensor:
+    """`x [rows, inner] @ weight [columns, inner].T → [rows, columns]`, all float32.
+
+    The weight is `scale · table[code] - shift`, rounded once to float32 where there are several rows.
+
+    Args:
+        x: float32.
+        words: the codes as `pack` packs them.
+        table: `[16]`, float32, the value of each code; codes of 8 bits are int8 and have none.
+        scale: float32 `[tiles, groups, 16]` as `pack_columns` orders them; a group is so many consecutive columns of x.
+        shift: likewise, or None.
+        columns: how many columns there are.
+        bits: 4 or 8.
+
+    Raises:
+        ValueError: an inner size other than that of the words.
+    """
+    rows, inner = x.shape
+    needed = words.shape[1] * (32 // bits)
+    if padded_inner(inner, bits) != needed:
+        raise ValueError(f"float_product: expected {needed} columns of x for these weights, got {inner}")
+    library = build.library() if x.device.type == "cpu" else None
+    if library is None:
+        return x @ float_weight(words, table, scale, shift, columns, inner, bits).t()
+    x = F.pad(x, (0, needed - inner)) if needed > inner else x.contiguous()
+    y = x.new_empty(rows, columns)
+    library.float_product(
+        *_addresses(x),
+        *_longs(rows, needed),
+        *_addresses(words),
+        *_longs(words.shape[1]),
+        *_addresses(table, scale, shift),
+        *_longs(words.shape[1] // scale.shape[1]),
+        *_addresses(y),
+        *_longs(columns, bits, _threads(rows * columns * inner)),
+    )
+    return y
+
+
+def float_weight(
+    words: Tensor, table: Tensor, scale: Tensor, shift: Tensor | None, columns: int, inner: int, bits: int
+) -> Tensor:
+    """The weight `[columns, inner]` that the arguments of `float_product` stand for, float32."""
+    codes = unpack(words, columns, padded_inner(inner, bits), bits)
+    values = codes.view(torch.int8).float() if bits == 8 else table[codes.int()]
+    grouped = values.view(columns, scale.shape[1], -1)
+    weight = grouped * unpack_columns(scale, columns).unsqueeze(-1)
+    if shift is not None:
+        weight = weight - unpack_columns(shift, columns).unsqueeze(-1)
+    return weight.view(columns, -1)[:, :inner]
+
+
+# Products of fewer operations are computed by one thread: waking another takes some microseconds.
+_MIN_PARALLEL = 1 << 18
+
+
+def _threads(operations: int) -> int:
+    return torch.get_num_threads() if operations >= _MIN_PARALLEL else 1
+
+
+def _addresses(*tensors: Tensor | None) -> Sequence[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def _longs(*numbers: int) -> Sequence[ctypes.c_long]:
+    return [ctypes.c_long(number) for number in numbers]
