@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fuse_pass.backend import FuseBackend, split_options
-from fuse_pass.inductor import compat, private
+from fuse_pass.inductor import compiler
 from fuse_pass.numerics.formats import Format
 from fuse_pass.numerics.spec import QuantSpec
 from fuse_pass.options import Options
@@ -89,7 +89,7 @@ def compile(
     if not isinstance(model, nn.Module):
         return _kept_whole(compiled)
     watch_layers(model, tuple(LAYER_FOR))
-    compat.forget_original(compiled)
+    compiler.forget_original(compiled)
     compiled.forward = _kept_whole(compiled.forward)
     return compiled
 
@@ -116,7 +116,7 @@ def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:
         raise ValueError(f"expected mode or options, got both: mode={mode!r}, options={options!r}")
     if options is not None:
         split_options(options)
-    modes = ("default", *private.list_mode_options())
+    modes = ("default", *compiler.list_mode_options())
     if mode is not None and mode not in modes:
         raise ValueError(f"unknown mode {mode!r}; valid are {', '.join(modes)}")
 

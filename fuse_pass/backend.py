@@ -18,7 +18,7 @@ from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scal
 from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.shapes import value_of
 from fuse_pass.graph.view import GraphView
-from fuse_pass.inductor import compat, input_checks, precompile, private
+from fuse_pass.inductor import compat, compiler, input_checks, precompile, private
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.joint.cache_key import OnThisProcessor, cache_key, require_key
 from fuse_pass.joint.dropout_masks import OwnMasks
@@ -31,6 +31,8 @@ from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections
 from fuse_pass.patterns.fake_quantization import insert as fake_quant
 from fuse_pass.quantization.quantized_calls import QuantizedCall, counted, warn_of_graph_break
 from fuse_pass.report import Decline, Note, Reason, Report, publish
+
+NAME = "fuse_pass"  # for Dynamo, which `fuse_pass/__init__.py` tells of it before this file is loaded
 
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
 
@@ -85,7 +87,7 @@ class FuseBackend:
         strict: bool = False,
     ) -> None:
         self.options = Options.of(patterns, quantize, memory=memory, prepack=prepack, strict=strict)
-        self.__name__ = "fuse_pass"
+        self.__name__ = NAME
 
     @classmethod
     def of(cls, options: Options) -> FuseBackend:
@@ -111,10 +113,11 @@ class FuseBackend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compiles a Dynamo graph. `options` may mix Inductor's options with ours (`patterns`, `strict`)."""
+        compiler.register_backend(fuse_backend, NAME)
         own, inductor_options = split_options(options or {})
         configured = FuseBackend.of(self.options.updated(own))
         chosen = configured.options
-        own_random_numbers = not compat.draws_stock_random_numbers(inductor_options)
+        own_random_numbers = not compiler.draws_stock_random_numbers(inductor_options)
         fused, report = configured.rewrite(gm, own_random_numbers=own_random_numbers)
         breaks: list[Decline] = []
         if chosen.quantize is not None:
@@ -124,20 +127,21 @@ class FuseBackend:
             precompile.leave_out(fused)  # another process would run the graph without `counted`
         publish(report)
         precompile.note(require_key, cache_key({}))
-        compiler = compat.inductor_compiler(mode, inductor_options)
-        passes = compat.joint_passes(inductor_options)
-        compiler.config["joint_custom_post_pass"] = OnThisProcessor(passes)
+        inductor = compiler.inductor_compiler(mode, inductor_options)
+        passes = compiler.joint_passes(inductor_options)
+        inductor.config["joint_custom_post_pass"] = OnThisProcessor(passes)
         if _calls_our_ops(fused):
             compat.give_room_for_seeds(fused)
+            has_checks_wanted = compiler.is_given("size_asserts", inductor_options)
             masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
-            compiler.config["joint_custom_post_pass"] = RecomputeTags(
+            inductor.config["joint_custom_post_pass"] = RecomputeTags(
                 cache_key(chosen.as_dict()),
                 (*passes, *masks),
                 memory=chosen.memory,
-                guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
+                guarded_inputs=not has_checks_wanted and input_checks.are_in_guards(gm),
             )
         with input_checks.left_to_guards():
-            compiled: Callable[..., Any] = compiler(fused, example_inputs)
+            compiled: Callable[..., Any] = inductor(fused, example_inputs)
         return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))
 
     def call_context(self, options: Mapping[str, Any] | None) -> Callable[[], QuantizedCall] | None:
@@ -241,7 +245,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     own = {name: value for name, value in options.items() if name in ours}
     rest = {name: value for name, value in options.items() if name not in ours}
     for name in rest:
-        if not compat.is_inductor_option(name):
+        if not compiler.is_inductor_option(name):
             raise ValueError(
                 f"unknown option {name!r}: fuse_pass knows {', '.join(ours)}; "
                 "Inductor's options are listed by torch._inductor.list_options()"
@@ -320,8 +324,5 @@ def _bodies(
             yield child.graph, reason, regions
 
 
-compat.call_context_of_backends()
+compiler.call_context_of_backends()
 fuse_backend = FuseBackend()
-private.register_backend(fuse_backend, name="fuse_pass_backend")
-if not compat.is_known_backend("fuse_pass"):  # no entry point has brought us here: an import, or a source tree
-    private.register_backend(fuse_backend, name="fuse_pass")

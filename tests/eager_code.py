@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 import fuse_pass
 from fuse_pass import FuseBackend
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 
 X = torch.randn(3, 4)
 SPEC = "fp8_e4m3"
@@ -36,7 +36,7 @@ class RunsGraphs:
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat, "inductor_compiler", RunsGraphs)
+    monkeypatch.setattr(compiler, "inductor_compiler", RunsGraphs)
     torch._dynamo.reset()
     with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=3):
         warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fuse_pass
 from fuse_pass import FuseBackend, backend, fuse_backend
 from fuse_pass.graph.edit import Editor
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 from fuse_pass.patterns import Candidate
 from tests.capture import capture
 
@@ -194,7 +194,7 @@ def test_a_failing_pattern_raises_if_strict(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("setting", ["fallback_random", "align_random_eager"])
 def test_eager_random_numbers_are_respected(setting: str) -> None:
-    if not compat.is_inductor_option(setting):
+    if not compiler.is_inductor_option(setting):
         pytest.skip(f"this PyTorch has no option {setting}")
     model, x = Mlp(0.3), torch.randn(5, 6)
     with fuse_pass.collect() as report:

@@ -6,7 +6,6 @@ import argparse
 import fnmatch
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from tabulate import tabulate_formats
@@ -17,52 +16,12 @@ from fuse_pass.bench.numbers import Cost
 from fuse_pass.bench.results import EAGER, OURS, STOCK, Result, Run
 from fuse_pass.bench.rows import ROWS, Row, rows_of
 from fuse_pass.commands import timing
+from fuse_pass.commands.arguments import DEFAULT_ROWS, GROUPS
 from fuse_pass.commands.errors import CommandError
 from fuse_pass.commands.named_models import reference_models
 
-NAME, HELP = "bench", "time fuse_pass against torch.compile and eager PyTorch"
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "ops": ("dropout_norm/*", "dense_act_dense/*"),
-    "transformers": ("bert/*", "gpt2/*", "vit/*"),
-    "models": ("models/*",),
-    "few": ("few/*",),
-    "tiny": ("tiny/*",),
-    "numbers": ("numbers/*",),
-    "pass": ("pass/*",),
-    "all": ("*",),
-}
 COSTS = (*numbers.COSTS, *pass_time.COSTS)
-_DEFAULT = ("ops", "bert/*", "tiny", "numbers")
 _COPIED_BYTES = 1 << 28
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "rows",
-        nargs="*",
-        metavar="ROW",
-        help=f"rows by name, by glob ('*/train') or by group: {', '.join(GROUPS)}; without any: {' '.join(_DEFAULT)}, "
-        "about 10 minutes (all: about 30)",
-    )
-    parser.add_argument("--list", action="store_true", help="print the names of the rows that would be measured")
-    parser.add_argument(
-        "--model",
-        metavar="PACKAGE.MODULE:FUNCTION",
-        help="a model of your own: a function returning (model, args) or (model, args, kwargs)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, each on a core of its own (default 1)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to measure each row, or 9 rounds (default 4)")
-    parser.add_argument("--format", default="simple", help="a table format of tabulate, e.g. github")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured")
-    parser.add_argument(
-        "--plot", metavar="FILE.png", type=Path, help="draw the ratios to torch.compile (needs matplotlib)"
-    )
-    parser.add_argument(
-        "--from", metavar="FILE", type=Path, dest="source", help="measure nothing; show what --json wrote"
-    )
-    parser.add_argument("--readme", metavar="FILE", type=Path, help="put the tables between the markers of a README")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -98,7 +57,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _selected(options: argparse.Namespace) -> tuple[list[Row], list[Cost]]:
     own = list(rows_of(options.model)) if options.model else []
-    wanted = options.rows or ([] if own else _DEFAULT)
+    wanted = options.rows or ([] if own else DEFAULT_ROWS)
     globs = [glob for word in wanted for glob in GROUPS.get(word, (word,))]
     names = [row.name for row in ROWS] + [cost.name for cost in COSTS]
     for glob in globs:

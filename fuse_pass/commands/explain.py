@@ -7,14 +7,8 @@ from collections import Counter
 
 from tabulate import tabulate
 
-from fuse_pass.commands.named_models import TARGETS, reports
+from fuse_pass.commands.named_models import reports
 from fuse_pass.report import ADVICE, Reason
-
-NAME, HELP = "explain", "the candidates that fuse_pass would leave alone, with reasons and advice"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help=TARGETS)
 
 
 def run(options: argparse.Namespace) -> None:

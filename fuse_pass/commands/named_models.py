@@ -15,10 +15,6 @@ from fuse_pass.analysis import coverage
 from fuse_pass.commands.errors import CommandError
 from fuse_pass.report import Report
 
-TARGETS = (
-    "reference models by name, or package.module:function returning (model, args) or (model, args, kwargs); "
-    "all reference models if none"
-)
 _MODES = ("train", "eval")
 _EXPECTED = "expected a tuple (nn.Module, args) or (nn.Module, args, kwargs)"
 

@@ -9,12 +9,6 @@ from tabulate import tabulate
 from fuse_pass.gemm import measured, probe
 from fuse_pass.gemm.machine import cpu_name, instruction_set
 
-NAME, HELP = "probe", "which library multiplies matrices faster on this machine, as it was measured"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--renew", action="store_true", help="forget what is known and measure anew (about a second)")
-
 
 def run(options: argparse.Namespace) -> None:
     if options.renew:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fuse_pass.inductor import private
+from fuse_pass.inductor import compiler, private
 
 
 def value_of(node: Any) -> torch.Tensor | None:
@@ -37,7 +37,7 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input that the graph is valid for."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return private.statically_known_true(a == b)
+    return compiler.statically_known_true(a == b)
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from fuse_pass.graph.canonical import Op, Operations, canonical, is_weight_transpose
 from fuse_pass.graph.einsum import linear_equation
 from fuse_pass.graph.shapes import keeps_rows, memory_of, same_size, value_of
-from fuse_pass.inductor import private
+from fuse_pass.inductor import compiler, private
 from fuse_pass.report import Reason
 
 
@@ -347,7 +347,7 @@ _IN_PLACE_OPERATORS = (
 )  # fmt: skip
 # `max_norm` rescales the weight of an embedding, the running mean of a batch norm is updated.
 _WRITING_OPTIONS = ("max_norm", "running_mean")
-_NUMPY_CALLS = private.NUMPY_CALLS
+_NUMPY_CALLS = compiler.NUMPY_CALLS
 _GRAD_SWITCHES = private.GRAD_SWITCHES
 _AUTOCAST_SWITCHES = (private.AUTOCAST_ENTER, private.AUTOCAST_EXIT)
 

@@ -1,61 +1,46 @@
-"""What fuse_pass asks of Inductor and of PyTorch's build, the same for torch 2.11 to 2.15."""
+"""What fuse_pass asks of PyTorch's operators and of its build, the same for torch 2.11 to 2.15.
+
+Nothing here loads Dynamo or Inductor before one of them compiles: eager code needs neither. What is asked of these two
+is in `compiler`.
+"""
 
 from __future__ import annotations
 
 import functools
+import getpass
+import os
 import re
-import threading
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
-import torch._inductor.config as inductor_config
-from torch._dynamo import eval_frame
-from torch._dynamo.backends import registry
-from torch._dynamo.exc import FailOnRecompileLimitHit as RecompileLimitHit
-from torch._dynamo.repro.after_dynamo import WrapBackendDebug
-from torch._dynamo.utils import counters
-from torch._functorch.compile_utils import rand_ops
-from torch._inductor import decomposition
-from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.fx import Graph, GraphModule, Node, traceback
+from torch.fx import GraphModule, Node, traceback
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fuse_pass.inductor.loading import when_loaded
+
 __all__ = [
     "LEAST_BUDGET",
-    "STORED_ONCE",
-    "RecompileLimitHit",
+    "announce_backend",
     "cache_dir",
-    "call_context_of_backends",
     "disable_current_modes",
-    "draws_stock_random_numbers",
-    "fail_at_recompile_limit",
-    "forget_original",
-    "frames_given_up",
     "give_room_for_seeds",
-    "graph_break",
     "has_fast_cpu_dtype",
     "has_vector_loops",
-    "inductor_compiler",
     "inductor_seed",
     "int_mm",
     "is_compiling",
-    "is_given",
-    "is_inductor_option",
-    "is_known_backend",
-    "is_seed",
-    "joint_passes",
     "keep_for_backward",
     "memory_budget",
-    "never_compile_alone",
     "never_merge",
+    "never_merge_seeds_of_inductor",
     "never_recomputed",
     "onednn_linear",
     "onednn_linear_add",
@@ -63,25 +48,38 @@ __all__ = [
     "pack_onednn_weight",
     "register_decomposition",
     "size_hint",
-    "stance",
     "stored_once",
     "vector_instructions",
 ]
 
 
-STORED_ONCE = torch.ops.prims.inductor_force_stride_order.default
+def announce_backend(name: str, target: str) -> None:
+    """Lets `torch.compile` know a backend by name, which is loaded when somebody asks for it.
+
+    Args:
+        name: what `torch.compile(backend=name)` is given.
+        target: where the backend is, as in the entry points of a package: `package.module:object`.
+    """
+    entry_point = EntryPoint(name, target, "torch_dynamo_backends")
+    when_loaded("torch._dynamo.backends.registry", lambda registry: registry._BACKENDS.setdefault(name, entry_point))
 
 
 def register_decomposition(op: torch._ops.OpOverload, body: Callable[..., Any]) -> None:
     """Makes `op` transparent to Inductor: it sees the aten calls of `body` instead of an opaque call."""
-    decomposition.register_decomposition([op])(body)
-    # The merged table is cached at the first compilation; without this the op stays opaque ever after.
-    decomposition.fast_random_decomps.cache_clear()
+
+    def register(decomposition: ModuleType) -> None:
+        decomposition.register_decomposition([op])(body)
+        # The merged table is cached at the first compilation; without this the op stays opaque ever after.
+        decomposition.fast_random_decomps.cache_clear()
+
+    when_loaded("torch._inductor.decomposition", register)
 
 
 def inductor_seed(device: torch.device) -> torch.Tensor:
     """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
-    seed: torch.Tensor = torch.ops.prims.inductor_seed(device)
+    if not _is_recorded():
+        return torch.randint(2**63 - 1, (), device=device)  # what Inductor's op does when it is run
+    seed: torch.Tensor = _inductor_prims().inductor_seed(device)
     return seed
 
 
@@ -92,13 +90,37 @@ def stored_once(x: torch.Tensor) -> torch.Tensor:
     know it: kept for backward, it would be taken as memory to write to. So either x is computed for certain, or the
     result must be recomputed in backward (`joint.recompute`).
     """
-    stored: torch.Tensor = STORED_ONCE(x, x.stride())
+    if not _is_recorded():
+        return x
+    stored: torch.Tensor = _inductor_prims().inductor_force_stride_order(x, x.stride())
     return stored
+
+
+def _is_recorded() -> bool:
+    # Dynamo, which may look into a function that calls ours, knows the answer to the first question.
+    return torch.compiler.is_compiling() or is_compiling()
+
+
+def _inductor_prims() -> Any:
+    """The namespace of Inductor's own ops, which are defined where Inductor is imported."""
+    import torch._inductor.inductor_prims
+
+    return torch.ops.prims
 
 
 def never_merge(*ops: torch._ops.OpOverloadPacket) -> None:
     """Tells AOTAutograd that two calls of these ops are two draws, and no common subexpression."""
-    rand_ops.extend(op for op in ops if op not in rand_ops)
+
+    def extend(compile_utils: ModuleType) -> None:
+        known = compile_utils.rand_ops
+        known.extend(op for op in ops if op not in known)
+
+    when_loaded("torch._functorch.compile_utils", extend)
+
+
+def never_merge_seeds_of_inductor() -> None:
+    """The same for the op that `inductor_seed` leaves in graphs."""
+    when_loaded("torch._inductor.inductor_prims", lambda _: never_merge(torch.ops.prims.inductor_seed))
 
 
 # The partitioner takes a budget of 0 as "keep the inputs of the graph and nothing else", and asks for no tags.
@@ -122,11 +144,6 @@ def memory_budget() -> float:
     """How much may be kept for backward: 1 is all that is useful, 0 the inputs alone."""
     budget: float = functorch_config.activation_memory_budget
     return budget
-
-
-def is_seed(node: Node) -> bool:
-    """Whether Inductor has put this node in the place of a draw, its own ones included."""
-    return node.target is torch.ops.prims.inductor_lookup_seed.default
 
 
 def give_room_for_seeds(module: GraphModule) -> None:
@@ -225,156 +242,36 @@ def is_compiling() -> bool:
 
 @functools.cache
 def has_vector_loops() -> bool:
-    """Whether Inductor knows vector instructions of this CPU."""
-    return bool(pick_vec_isa())
+    """Whether Inductor, which this loads, knows vector instructions of this CPU."""
+    return bool(_vector_instructions())
 
 
 def vector_instructions() -> str:
     """Those for which Inductor writes loops on this CPU, e.g. `avx2`; the width of a loop is in its source."""
-    return str(pick_vec_isa())
+    return str(_vector_instructions())
+
+
+def _vector_instructions() -> Any:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return pick_vec_isa()
+
+
+def cache_dir() -> str:
+    """The folder in which Inductor keeps what it has compiled, and we what we have measured; it need not exist yet."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder is None:
+        folder = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", _user_name()))
+    return os.path.abspath(folder)
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):  # a process in a container may run as a user without a name
+        return f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
     """The example value of a size; never adds a guard. None for a size that is only known at run time."""
     return size if isinstance(size, int) else size.node.hint
-
-
-def is_inductor_option(name: str) -> bool:
-    return name.replace("-", "_") in inductor_config.get_config_copy()
-
-
-def is_known_backend(name: str) -> bool:
-    """Whether `torch.compile` has this name by now, from an entry point or a registration; looks for no more."""
-    return name in registry._BACKENDS
-
-
-def is_given(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether the options of one compilation say anything about this one of Inductor's."""
-    return name in _with_underscores(options)
-
-
-def _with_underscores(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor reads dashes in the name of an option as underscores."""
-    return {key.replace("-", "_"): value for key, value in options.items()}
-
-
-def _option(options: Mapping[str, Any], name: str) -> Any:
-    """The value that will hold during compilation."""
-    return _with_underscores(options).get(name, getattr(inductor_config, name, None))
-
-
-def draws_stock_random_numbers(options: Mapping[str, Any]) -> bool:
-    """Whether the user asked for eager's random numbers, which our own generator cannot give."""
-    return any(_option(options, name) for name in ("fallback_random", "align_random_eager"))
-
-
-def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], ...]:
-    """The user's own passes on the joint graph: one, or from torch 2.13 on a list."""
-    passes = _option(options, "joint_custom_post_pass")
-    if not passes:
-        return ()
-    return tuple(passes) if isinstance(passes, (list, tuple)) else (passes,)
-
-
-def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:
-    """Inductor as a callable (graph module, example inputs) → compiled function; its `.config` holds the patches."""
-    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), None)
-
-
-# --- calls of compiled functions --------------------------------------------------------------------------------------
-
-
-class _CallContext:
-    """Gives what `torch.compile` wraps a backend in the attribute that Dynamo looks for, where the backend has one.
-
-    A backend with an attribute `backend_ctx_ctor` has the context that it makes entered at every call of what it
-    compiles, also when the call runs eagerly in the end. `torch.compile` hides the attribute behind its wrapper.
-    """
-
-    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
-        if wrapper is None:
-            return self
-        inner = wrapper._torchdynamo_orig_backend
-        make = getattr(getattr(inner, "compiler_fn", inner), "call_context", None)
-        made = None if make is None else make(getattr(inner, "kwargs", {}).get("options"))
-        if made is None:
-            raise AttributeError("backend_ctx_ctor")
-        return made
-
-
-def call_context_of_backends() -> None:
-    """Lets every backend have a method `call_context(options)`: what makes the context of a call, or None for none.
-
-    The method is asked once, by `torch.compile`, with the `options=` that it was given or None.
-    """
-    WrapBackendDebug.backend_ctx_ctor = _CallContext()  # type: ignore[attr-defined]
-
-
-def never_compile_alone(function: Any) -> None:
-    """Keeps Dynamo from compiling a call of a function from eager code; inside of compiled code it is traced."""
-    eval_frame.skip_code(function.__code__)
-
-
-def forget_original(compiled: Any) -> None:
-    """`torch.compile` and `torch.compiler.disable` of a compiled module then call it as it is, not what it compiles."""
-    del compiled._torchdynamo_orig_callable
-
-
-def stance() -> str | None:
-    """What `torch.compiler.set_stance` has set other than to compile and run with the backend that was given."""
-    now = eval_frame._stance
-    if now.stance != "default":
-        return now.stance
-    return None if now.backend is None else f"force_backend={now.backend!r}"
-
-
-def frames_given_up() -> int:
-    """How many frames Dynamo has left to eager PyTorch in this process because it could not compile them."""
-    frames = counters["frames"]
-    return frames["total"] - frames["ok"]
-
-
-def graph_break(gm: torch.fx.GraphModule) -> tuple[str, str, int] | None:
-    """Why a graph of Dynamo ended before the function did, and the file and line of it; None where it did not."""
-    ending = getattr(gm, "compile_subgraph_reason", None)
-    if ending is None or not ending.graph_break:
-        return None
-    reason = str(ending.reason).strip().partition("\n")[0]
-    frame = ending.user_stack[-1] if ending.user_stack else None
-    return (reason, "", 0) if frame is None else (reason, frame.filename, frame.lineno or 0)
-
-
-# The setting itself: a look at it by name takes 3 us, and this is asked at every call.
-_limit_setting: Any = dynamo_config._config["fail_on_recompile_limit_hit"]  # type: ignore[attr-defined]
-_limit_lock = threading.Lock()
-_limit_before: list[Any] = []
-
-
-def _fail_everywhere() -> Callable[[], None]:
-    """For torch 2.11, whose settings all threads share: the first to ask sets it, the last to restore sets it back."""
-    with _limit_lock:
-        _limit_before.append(_limit_setting.user_override)
-        _limit_setting.user_override = True
-    return _restore_everywhere
-
-
-def _restore_everywhere() -> None:
-    with _limit_lock:
-        before = _limit_before.pop()
-        if not _limit_before:
-            _limit_setting.user_override = before
-
-
-def _fail_here() -> Callable[[], None]:
-    setting = _limit_setting.user_override
-    before = setting.get()
-    setting.set(True)
-    return functools.partial(setting.set, before)
-
-
-def fail_at_recompile_limit() -> Callable[[], None]:
-    """From now on Dynamo raises `RecompileLimitHit` where it would leave a function to eager PyTorch for good.
-
-    Returns what sets it back. Written past the checks of the settings, which take longer than all the rest of a call.
-    """
-    return _fail_here() if isinstance(_limit_setting.user_override, ContextVar) else _fail_everywhere()

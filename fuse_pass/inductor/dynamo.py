@@ -1,12 +1,14 @@
-"""What Dynamo has done so far in this process, what keeps it from compiling, and how a graph came to be a piece."""
+"""What Dynamo has done so far in this process, what keeps it from compiling, and how a graph came to be a piece.
+
+Asking does not load Dynamo: before it is loaded, it has done nothing, and only the environment can switch it off.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 
-from torch._dynamo import config, eval_frame
-from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 
@@ -28,7 +30,15 @@ class Progress:
         return Progress(*steps)
 
 
+def is_loaded() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
 def progress() -> Progress:
+    if not is_loaded():
+        return Progress(0, 0, 0)
+    from torch._dynamo.utils import counters
+
     breaks = [*counters["graph_break"].items(), *counters["unimplemented"].items()]
     return Progress(
         counters["stats"]["unique_graphs"],
@@ -42,6 +52,10 @@ def switched_off_by() -> str | None:
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if os.environ.get(name) == "1":
             return f"the environment variable {name}=1"
+    if not is_loaded():
+        return None
+    from torch._dynamo import config, eval_frame
+
     if config.disable:
         return "torch._dynamo.config.disable"
     stance = eval_frame._stance.stance

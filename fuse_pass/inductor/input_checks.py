@@ -23,7 +23,7 @@ from torch._inductor.ir import IRNode
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 
 
 def are_in_guards(gm: GraphModule) -> bool:
@@ -58,7 +58,7 @@ def left_to_guards() -> Iterator[None]:
 
 
 def _write_needed_checks(wrapper: PythonWrapperCodegen) -> None:
-    if V.graph.is_backward or not any(getattr(run, "guarded_inputs", False) for run in compat.joint_passes({})):
+    if V.graph.is_backward or not any(getattr(run, "guarded_inputs", False) for run in compiler.joint_passes({})):
         _write_checks(wrapper)
         return
     varying = {name: value for name, value in wrapper.get_graph_inputs().items() if not _is_of_fixed_size(value)}

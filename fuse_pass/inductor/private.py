@@ -1,6 +1,7 @@
 """Private parts of PyTorch under names of ours, for every room above: where PyTorch changes one, it is mended here.
 
-`compat` has those that belong to Inductor, `debugging` those that only measurements and tests need.
+They are those that `import torch` loads anyway; `compiler` has those of Dynamo and Inductor, `debugging` those that
+only measurements and tests need.
 """
 
 from __future__ import annotations
@@ -12,25 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import register_backend
-from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
-from torch._inductor import list_mode_options
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.pattern_matcher import (
-    CallFunction,
-    Ignored,
-    KeywordArg,
-    Match,
-    PatternMatcherPass,
-    register_graph_pattern,
-)
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses import fake_tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
 __all__ = [
@@ -39,16 +27,9 @@ __all__ = [
     "ENCODER_LAYER",
     "GRAD_SWITCHES",
     "NATIVE_MULTI_HEAD_ATTENTION",
-    "NUMPY_CALLS",
-    "CallFunction",
-    "CustomGraphPass",
     "HigherOrderOperator",
-    "Ignored",
-    "KeywordArg",
-    "Match",
     "OpOverload",
     "OpOverloadPacket",
-    "PatternMatcherPass",
     "address_of",
     "buffers_of",
     "children_of",
@@ -60,15 +41,11 @@ __all__ = [
     "is_plain_class",
     "is_transformed",
     "lazy_graph_module",
-    "list_mode_options",
     "make_fx",
     "may_write",
     "parameters_of",
     "prims",
-    "register_backend",
-    "register_graph_pattern",
     "share_source",
-    "statically_known_true",
     "tree_map",
     "uncompiled",
     "unsafe_view",
@@ -84,7 +61,6 @@ ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 NATIVE_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
 GRAD_SWITCHES = (torch._C._set_grad_enabled, torch.autograd.grad_mode.set_grad_enabled)
 AUTOCAST_ENTER, AUTOCAST_EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
-NUMPY_CALLS = (numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper)
 
 
 # --- tensors

@@ -23,7 +23,7 @@ from torch.fx import Graph
 from fuse_pass.gemm import measured, onednn
 from fuse_pass.gemm.machine import instruction_set, processor
 from fuse_pass.inductor import compat
-from fuse_pass.inductor.private import CustomGraphPass
+from fuse_pass.inductor.compiler import CustomGraphPass
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fuse_pass.inductor.private import (
+from fuse_pass.inductor.compiler import (
     CallFunction,
     CustomGraphPass,
     Ignored,
     KeywordArg,
     Match,
     PatternMatcherPass,
-    prims,
     register_graph_pattern,
 )
+from fuse_pass.inductor.private import prims
 from fuse_pass.joint.recompute import recompute_in_backward
 from fuse_pass.numerics import random_bits
 

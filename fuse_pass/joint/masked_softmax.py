@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fuse_pass.inductor import compat
-from fuse_pass.inductor.private import CustomGraphPass
+from fuse_pass.inductor.compiler import STORED_ONCE, CustomGraphPass
 from fuse_pass.joint.recompute import recompute_in_backward
 
 aten = torch.ops.aten
@@ -98,7 +97,7 @@ def _is_one_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 def _store_once(graph: Graph, where: Node) -> None:
     with graph.inserting_after(where):
-        stored = graph.call_function(compat.STORED_ONCE, (where, list(where.meta["val"].stride())))
+        stored = graph.call_function(STORED_ONCE, (where, list(where.meta["val"].stride())))
     stored.meta.update(where.meta)
     recompute_in_backward(stored)
     where.replace_all_uses_with(stored, delete_user_cb=lambda user: user is not stored)

@@ -17,7 +17,8 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fuse_pass.inductor import compat
-from fuse_pass.inductor.private import CustomGraphPass, OpOverload
+from fuse_pass.inductor.compiler import STORED_ONCE, CustomGraphPass, is_seed
+from fuse_pass.inductor.private import OpOverload
 from fuse_pass.ops.fused_op import FusedOp, declaration_of
 
 MEMORY = ("fastest", "balanced", "smallest")
@@ -55,7 +56,7 @@ class RecomputeTags(CustomGraphPass):
         for run in self._inner:
             run(graph)
         for node in graph.nodes:
-            if compat.is_seed(node):  # PyTorch's dropouts draw again too where memory is scarce
+            if is_seed(node):  # PyTorch's dropouts draw again too where memory is scarce
                 compat.keep_for_backward(node)
             elif "recompute" not in node.meta and _is_recomputable(node, self._memory):
                 recompute_in_backward(node)
@@ -79,7 +80,7 @@ def _is_recomputable(node: Node, memory: str) -> bool:
     if value.dtype in _MASK_DTYPES:
         return value.dim() > 0  # the seed itself is saved: a second draw would be another mask
     op = _origin(node)
-    if node.target is compat.STORED_ONCE and not (op is not None and op.stores_what_it_keeps):
+    if node.target is STORED_ONCE and not (op is not None and op.stores_what_it_keeps):
         return True
     if op is None or not op.recompute or memory == "fastest":
         return False

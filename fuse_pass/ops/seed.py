@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import compat, private
+from fuse_pass.inductor import compat
 from fuse_pass.ops.library import LIBRARY, define
 
 
@@ -37,7 +37,8 @@ taken = define(
 """A copy of a seed that is about to be moved on."""
 
 # Inductor keeps draws apart by itself; with other compilers of a training graph all dropouts would share one mask.
-compat.never_merge(torch.ops.fuse_pass.seed, private.prims.inductor_seed)
+compat.never_merge(torch.ops.fuse_pass.seed)
+compat.never_merge_seeds_of_inductor()
 # Drawn again in backward, or read from what has been moved on since, they would be other masks.
 compat.never_recomputed(seed, LIBRARY)
 compat.never_recomputed(taken, LIBRARY)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 from fuse_pass.numerics.spec import QuantSpec
 
 # Stances under which Dynamo runs every function eagerly once, those that a compiled one calls included.
@@ -62,8 +62,8 @@ class QuantizedCall:
     def __enter__(self) -> Self:
         self._outer, _thread.call = _thread.call, self
         self._handled = _exception()
-        self._given_up = compat.frames_given_up()
-        self._restore = compat.fail_at_recompile_limit()
+        self._given_up = compiler.frames_given_up()
+        self._restore = compiler.fail_at_recompile_limit()
         return self
 
     def __exit__(self, *_: Any) -> None:  # Dynamo tells nothing of an exception
@@ -75,10 +75,10 @@ class QuantizedCall:
         error, traceback = _exception()
         (handled, its_traceback), self._handled = self._handled, (None, None)
         if error is not handled or traceback is not its_traceback:
-            if isinstance(error, compat.RecompileLimitHit):
+            if isinstance(error, compiler.RecompileLimitHit):
                 raise RuntimeError(_past_the_limit(self.spec)) from error
             return
-        stance = compat.stance()
+        stance = compiler.stance()
         if not self.graphs or stance in _EAGER_AT_FIRST:
             raise RuntimeError(_all_eager(self.spec))
         if stance is not None and self.has_break:
@@ -88,7 +88,7 @@ class QuantizedCall:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        if compat.frames_given_up() > self._given_up:
+        if compiler.frames_given_up() > self._given_up:
             warnings.warn(
                 f"fuse_pass: quantize={self.spec}: Dynamo could not compile a function of this model and leaves it to "
                 "eager PyTorch; its own operations are not quantised, only what it calls. "
@@ -113,7 +113,7 @@ def _all_eager(spec: QuantSpec) -> str:
 
 def _cause() -> str:
     """Why code of a quantised call has run eagerly, and what to do."""
-    stance = compat.stance()
+    stance = compiler.stance()
     if stance is not None:
         return f"The stance is {stance}. Call it under the stance 'default', once for every kind of input."
     return (
@@ -188,8 +188,8 @@ def _after_layer(module: nn.Module, args: Any, output: Any) -> None:
         )
 
 
-compat.never_compile_alone(_before_layer)
-compat.never_compile_alone(_after_layer)
+compiler.never_compile_alone(_before_layer)
+compiler.never_compile_alone(_after_layer)
 
 
 # --- graph breaks -----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ _told: dict[str, dict[Any, Any]] = {}
 
 def warn_of_graph_break(gm: GraphModule, spec: QuantSpec) -> tuple[str, str, int] | None:
     """Tells once per place that a quantised graph ends before the function does; returns why, the file and the line."""
-    found = compat.graph_break(gm)
+    found = compiler.graph_break(gm)
     if found is not None:
         reason, file, line = found
         warnings.warn_explicit(

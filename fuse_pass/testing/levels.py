@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.inductor import compat, debugging, settings
+from fuse_pass.inductor import compat, compiler, debugging, settings
 from fuse_pass.report import Report, publish
 from fuse_pass.testing import masks
 
@@ -29,11 +29,11 @@ def stock(level: str, *, least_budget: bool = False) -> Backend:
         level: one of `LEVELS`.
         least_budget: whether a memory budget of 0 becomes the least one above it, as it does with fuse_pass.
     """
-    compiler: Any = debugging.aot_eager if level == "aot" else compat.inductor_compiler(None, None)
+    inner: Any = debugging.aot_eager if level == "aot" else compiler.inductor_compiler(None, None)
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with settings.memory_budget_of_at_least(compat.LEAST_BUDGET if least_budget else 0):
-            return _traced(compiler, masks.use_in(gm), inputs)
+            return _traced(inner, masks.use_in(gm), inputs)
 
     return compile_graph
 
@@ -45,17 +45,17 @@ def fused(level: str) -> Backend:
         return functools.partial(_traced, backend)
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten, report = backend.rewrite(gm, own_random_numbers=not compat.draws_stock_random_numbers({}))
+        rewritten, report = backend.rewrite(gm, own_random_numbers=not compiler.draws_stock_random_numbers({}))
         publish(report)
         return _traced(debugging.aot_eager, masks.use_in(rewritten), inputs)
 
     return compile_graph
 
 
-def _traced(compiler: Callable[..., Callable[..., Any]], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _traced(backend: Callable[..., Callable[..., Any]], gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A function of several steps that is one call in the graph takes our masks too."""
     with masks.in_eager():
-        return compiler(gm, list(inputs))
+        return backend(gm, list(inputs))
 
 
 @contextlib.contextmanager

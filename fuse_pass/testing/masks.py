@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, compiler
 from fuse_pass.numerics import random_bits
 
 _LIBRARY = torch.library.Library("fuse_pass_testing", "DEF")
@@ -190,7 +190,7 @@ def in_fused() -> Iterator[None]:
     original = compat.inductor_seed
 
     def drawn(device: torch.device) -> Tensor:
-        if compat.draws_stock_random_numbers({}):
+        if compiler.draws_stock_random_numbers({}):
             return original(device)
         seed: Tensor = torch.ops.fuse_pass_testing.fused_seed(device=device)
         return seed

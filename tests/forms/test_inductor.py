@@ -15,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, Node
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 from fuse_pass.joint.recompute import RecomputeTags
 from fuse_pass.nn import FusedDropoutLayerNorm
 
@@ -110,7 +110,7 @@ def test_recompute_tags_are_obeyed() -> None:
 
 
 def test_what_is_stored_once_stays() -> None:
-    assert nodes_of(compat.STORED_ONCE), "the joint graph has lost prims.inductor_force_stride_order"
+    assert nodes_of(compiler.STORED_ONCE), "the joint graph has lost prims.inductor_force_stride_order"
 
 
 def test_generated_code_checks_its_inputs() -> None:
@@ -131,7 +131,7 @@ def test_writer_of_generated_code(name: str) -> None:
     ],
 )
 def test_setting_of_inductor(name: str) -> None:
-    assert compat.is_inductor_option(name), f"torch._inductor.config.{name} is gone"
+    assert compiler.is_inductor_option(name), f"torch._inductor.config.{name} is gone"
 
 
 def test_ops_are_opened_for_inductor() -> None:

@@ -1,9 +1,8 @@
-"""The private names of PyTorch: each still means what we take it for."""
+"""What ops ask of PyTorch: each name still means what we take it for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,58 +18,6 @@ from fuse_pass.inductor import compat
 
 def test_every_name_exists() -> None:
     assert all(hasattr(compat, name) for name in compat.__all__)
-
-
-@pytest.mark.parametrize(
-    "name", ["max_autotune", "fallback_random", "triton.cudagraphs", "cpp.threads", "max-autotune"]
-)
-def test_options_of_inductor_are_known(name: str) -> None:
-    assert compat.is_inductor_option(name)
-
-
-@pytest.mark.parametrize("name", ["patterns", "strict", "max_autotunes", "", "cpp"])
-def test_other_options_are_not(name: str) -> None:
-    assert not compat.is_inductor_option(name)
-
-
-def test_options_are_those_that_inductor_takes() -> None:
-    for name in torch._inductor.list_options():
-        assert compat.is_inductor_option(name)
-
-
-@pytest.mark.parametrize("name", ["fallback_random", "align_random_eager", "fallback-random"])
-def test_stock_random_numbers_by_option(name: str) -> None:
-    assert compat.draws_stock_random_numbers({name: True})
-    assert not compat.draws_stock_random_numbers({name: False})
-
-
-def test_stock_random_numbers_by_configuration() -> None:
-    assert not compat.draws_stock_random_numbers({})
-    with inductor_config.patch(fallback_random=True):
-        assert compat.draws_stock_random_numbers({})
-        assert compat.draws_stock_random_numbers({"max_autotune": True})
-        assert not compat.draws_stock_random_numbers({"fallback_random": False})
-
-
-def first(graph: Any) -> None:
-    """A pass."""
-
-
-def second(graph: Any) -> None:
-    """Another."""
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [(None, ()), (first, (first,)), ([first, second], (first, second)), ((second,), (second,)), ([], ())],
-)
-def test_joint_passes(given: Any, expected: tuple[Any, ...]) -> None:
-    assert compat.joint_passes({"joint_custom_post_pass": given}) == expected
-    assert compat.joint_passes({"joint-custom-post-pass": given}) == expected
-    with inductor_config.patch(joint_custom_post_pass=given):
-        assert compat.joint_passes({}) == expected
-        assert compat.joint_passes({"joint_custom_post_pass": second}) == (second,)
-    assert compat.joint_passes({}) == ()
 
 
 def test_size_hint() -> None:
@@ -166,14 +113,3 @@ def test_modes_are_off_inside() -> None:
         assert type(torch.ones(2)) is not Tensor
         with compat.disable_current_modes():
             assert type(torch.ones(2)) is Tensor
-
-
-def test_compiler_takes_options_and_patches() -> None:
-    compiler = compat.inductor_compiler(None, {"max_autotune": False})
-    assert compiler.config["max_autotune"] is False
-    marker = object()
-    compiler.config["joint_custom_post_pass"] = marker
-    assert compiler.config["joint_custom_post_pass"] is marker
-    assert compat.inductor_compiler("max-autotune-no-cudagraphs", None).config["max_autotune"] is True
-    with pytest.raises(RuntimeError):
-        compat.inductor_compiler(None, {"no_such_option": 1})

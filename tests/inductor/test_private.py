@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuse_pass.graph.shapes import is_plain
-from fuse_pass.inductor import debugging, private
+from fuse_pass.inductor import compiler, debugging, private
 from tests.graph.dynamo import graph_of
 
 
-@pytest.mark.parametrize("module", [private, debugging], ids=["private", "debugging"])
+@pytest.mark.parametrize("module", [private, compiler, debugging], ids=["private", "compiler", "debugging"])
 def test_every_name_exists(module: Any) -> None:
     assert all(hasattr(module, name) for name in module.__all__)
 

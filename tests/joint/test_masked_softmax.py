@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuse_pass.backend import fuse_backend
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 from fuse_pass.joint.masked_softmax import MaskedSoftmax
 
 aten = torch.ops.aten
@@ -107,10 +107,10 @@ def test_mask_is_stored_once() -> None:
     scores, mask = scores_and_mask()
     gm = captured(masked, scores, mask)
     result = rewritten(gm)
-    (stored,) = (node for node in result.graph.nodes if node.target is compat.STORED_ONCE)
+    (stored,) = (node for node in result.graph.nodes if node.target is compiler.STORED_ONCE)
     assert stored.args[0].target is aten.where.self
     assert stored.meta["val"].shape == mask.shape
-    assert [user.target for user in stored.args[0].users] == [compat.STORED_ONCE]
+    assert [user.target for user in stored.args[0].users] == [compiler.STORED_ONCE]
 
 
 def test_sizes_that_are_not_known() -> None:
@@ -119,7 +119,7 @@ def test_sizes_that_are_not_known() -> None:
     expected = gm(scores, mask)
     result = rewritten(gm)
     assert count(result, aten.any.dim) == 0
-    assert count(result, compat.STORED_ONCE) == 0, "nobody knows how often the mask is read"
+    assert count(result, compiler.STORED_ONCE) == 0, "nobody knows how often the mask is read"
     assert same(result(scores, mask), expected)
 
 
@@ -186,7 +186,7 @@ def test_compiled_attention_is_the_same(causal: bool, monkeypatch: pytest.Monkey
 
     def noting(self: MaskedSoftmax, graph: torch.fx.Graph) -> None:
         rewrite(self, graph)
-        found.append(sum(node.target is compat.STORED_ONCE for node in graph.nodes))
+        found.append(sum(node.target is compiler.STORED_ONCE for node in graph.nodes))
 
     monkeypatch.setattr(MaskedSoftmax, "__call__", noting)
     torch.testing.assert_close(step(), expected)  # other loops: exp and sums round differently

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 from fuse_pass.patterns import spellings
 from fuse_pass.report import Reason, collect
 from tests.capture import capture
@@ -132,7 +132,7 @@ def test_eager_s_random_numbers_do_not_matter_without_dropout(function: Any, inp
 def test_fallback_random_of_inductor_is_obeyed(function: Any, inputs: Any) -> None:
     arguments = leaves(inputs())
     with torch._inductor.config.patch(fallback_random=True), collect() as report:
-        assert compat.draws_stock_random_numbers({})
+        assert compiler.draws_stock_random_numbers({})
         torch.manual_seed(3)
         ours = torch.compile(function, backend=FuseBackend(strict=True))(*arguments)
     assert report.counts() == {}

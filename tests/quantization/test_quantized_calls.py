@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fuse_pass
 from fuse_pass import Reason
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compiler
 from tests import eager_code
 from tests.eager_code import (
     LAYER,
@@ -103,7 +103,7 @@ def test_the_recompile_limit(compiled_by: Compile) -> None:
     for rows in (5, 6, 5):
         with pytest.raises(RuntimeError, match=THE_LIMIT) as caught:
             compiled(torch.randn(rows, 4))
-        assert isinstance(caught.value.__cause__, compat.RecompileLimitHit)
+        assert isinstance(caught.value.__cause__, compiler.RecompileLimitHit)
     assert compiled(torch.randn(4, 4)).shape == (4, 4), "sizes that are compiled still run"
     with torch._dynamo.config.patch(recompile_limit=4):
         assert compiled(torch.randn(5, 4)).shape == (5, 4)
