@@ -78,7 +78,9 @@ def register_decomposition(op: torch._ops.OpOverload, body: Callable[..., Any]) 
 def inductor_seed(device: torch.device) -> torch.Tensor:
     """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
     if not _is_recorded():
-        return torch.randint(2**63 - 1, (), device=device)  # what Inductor's op does when it is run
+        # As where Inductor's op is run: it draws once for the shape of its result, and once more for the result.
+        torch.randint(2**63 - 1, (), device=device)
+        return torch.randint(2**63 - 1, (), device=device)
     seed: torch.Tensor = _inductor_prims().inductor_seed(device)
     return seed
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import getpass
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +15,12 @@ import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch._inductor import decomposition
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fuse_pass.ops  # noqa: F401 - registers the ops
 from fuse_pass.inductor import compat
+from fuse_pass.numerics import random_bits
 
 
 def test_every_name_exists() -> None:
@@ -113,3 +120,62 @@ def test_modes_are_off_inside() -> None:
         assert type(torch.ones(2)) is not Tensor
         with compat.disable_current_modes():
             assert type(torch.ones(2)) is Tensor
+
+
+@pytest.mark.parametrize("folder", [None, "/somewhere/else", "relative"])
+@pytest.mark.parametrize("user", ["name", r"domain\name", None])
+def test_cache_dir_is_that_of_inductor(
+    folder: str | None, user: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime import cache_dir_utils
+
+    def no_user() -> str:
+        raise OSError("no username set in the environment")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(getpass, "getuser", no_user if user is None else lambda: user)
+    monkeypatch.setattr(os, "makedirs", lambda *_, **__: None)
+    if folder is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    if user is None and folder is None and torch.__version__ < "2.12":
+        pytest.skip("this Inductor needs a name")
+    ours = compat.cache_dir()
+    assert Path(ours).is_relative_to(tmp_path) or folder == ours
+    assert ours == os.path.abspath(cache_dir_utils.cache_dir())
+
+
+def recorded(function: Callable[..., Any], *inputs: Tensor) -> list[Any]:
+    """The ops in a graph of a function."""
+    graph = make_fx(function)(*inputs).graph
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+def test_graphs_hold_the_ops_of_inductor_and_eager_code_does_not() -> None:
+    prims = torch.ops.prims
+    assert recorded(compat.stored_once, torch.ones(3)) == [prims.inductor_force_stride_order.default]
+    assert recorded(lambda x: x + compat.inductor_seed(x.device), torch.ones(3))[0] is prims.inductor_seed.default
+    x = torch.ones(3)
+    assert compat.stored_once(x) is x
+
+
+def test_eager_seeds_are_those_of_the_op_of_inductor() -> None:
+    torch.manual_seed(5)
+    ours = [compat.inductor_seed(torch.device("cpu")) for _ in range(4)]
+    torch.manual_seed(5)
+    assert ours == [torch.ops.prims.inductor_seed(torch.device("cpu")) for _ in range(4)]
+
+
+def test_dynamo_looks_into_functions_that_store_once() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    seed = torch.tensor(3)
+    compiled = torch.compile(lambda: random_bits.random_bits(seed, 4, 8), backend=keep, fullgraph=True)
+    assert torch.equal(compiled(), random_bits.random_bits(seed, 4, 8))
+    assert torch.ops.prims.inductor_force_stride_order in [node.target for node in graphs[0].graph.nodes]
