@@ -81,15 +81,15 @@ def _is_contradicted(question: Question, break_even: int | None) -> bool:
 
 
 def _answer(question: Question) -> _Answers:
-    """The answer to one question by its name; nothing where rounds disagree."""
+    """The answer to one question by its name; nothing where rounds clearly disagree."""
     try:
         rounds = probe.ask(question)
     except onednn.NoPrimitiveError:
         return {question.name: None}
-    found = [flop for flop in rounds if flop is not None]
-    if not found:
-        return {question.name: None}
-    return {question.name: max(found)} if len(found) == len(rounds) else {}
+    found = [one.break_even for one in rounds if one.break_even is not None]
+    if len(found) == len(rounds):
+        return {question.name: max(found)}
+    return {question.name: None} if not found or probe.is_tie(question, rounds) else {}
 
 
 def _read(path: Path, machine: str) -> _Answers:

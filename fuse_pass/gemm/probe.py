@@ -42,7 +42,7 @@ _MARGIN = 4
 _SMALL = (1, 16, 16)
 _ROUNDS, _REPEATS = 3, 5
 # So much faster or slower than it was found to be is no noise of a short look.
-_CLEAR = 1.25
+CLEAR = 1.25
 
 _Products = Sequence[Callable[[], torch.Tensor]]
 _Sizes = tuple[int, int, int]
@@ -101,18 +101,40 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def ask(question: Question) -> list[int | None]:
-    """From how many operations on oneDNN is faster, None where it never is: the answers of all rounds.
+@dataclass(frozen=True)
+class Round:
+    """One answer to a question.
+
+    Attributes:
+        gain: how many times faster oneDNN was.
+        break_even: from how many operations on it pays; None where it never does.
+    """
+
+    gain: float
+    break_even: int | None
+
+
+def ask(question: Question) -> list[Round]:
+    """The answers of all rounds.
 
     Raises:
         onednn.NoPrimitiveError: it has no product in this dtype.
     """
     with quiet(), onednn.asked_for(question.dtype):
         large, small = _contenders(question), _small_contenders(question.dtype)
-        return [
-            _break_even(_seconds_per_product(*large), _seconds_per_product(*small), question.sizes, question.min_gain)
-            for _ in range(_ROUNDS)
-        ]
+        return [_round(question, large, small) for _ in range(_ROUNDS)]
+
+
+def _round(question: Question, large: tuple[_Products, _Products], small: tuple[_Products, _Products]) -> Round:
+    seconds = _seconds_per_product(*large)
+    break_even = _break_even(seconds, _seconds_per_product(*small), question.sizes, question.min_gain)
+    return Round(seconds[0] / seconds[1], break_even)
+
+
+def is_tie(question: Question, rounds: Sequence[Round]) -> bool:
+    """Whether rounds that disagree all lie about the least gain: then it does not matter who computes."""
+    least, most = question.min_gain / CLEAR, question.min_gain * CLEAR
+    return all(least <= one.gain <= most for one in rounds)
 
 
 def contradicts(question: Question, break_even: int | None) -> bool:
@@ -130,8 +152,8 @@ def contradicts(question: Question, break_even: int | None) -> bool:
 
 def _is_clearly_wrong(question: Question, break_even: int | None, gain: float) -> bool:
     if break_even is None:
-        return gain > question.min_gain * _CLEAR
-    return gain < question.min_gain / _CLEAR
+        return gain > question.min_gain * CLEAR
+    return gain < question.min_gain / CLEAR
 
 
 def _gain(aten: _Products, onednn_s: _Products) -> float:

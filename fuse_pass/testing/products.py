@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_pass.gemm import onednn
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, debugging
 
 _aten = torch.ops.aten
 
 
-class OneDNNProducts(TorchDispatchMode):
+class OneDNNProducts(debugging.TorchDispatchMode):
     """Every `mm` and `addmm` of float32 matrices on the CPU is computed by oneDNN, in eager PyTorch."""
 
     def __torch_dispatch__(

@@ -91,7 +91,7 @@ def test_probe_shows_and_renews_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    verdicts = iter([[None], [1 << 22]])
+    verdicts = iter([[probe.Round(0.5, None)], [probe.Round(2.0, 1 << 22)]])
     monkeypatch.setattr(probe, "QUESTIONS", probe.QUESTIONS[:1])
     monkeypatch.setattr(measured, "QUESTIONS", probe.QUESTIONS)
     monkeypatch.setattr(probe, "ask", lambda question: next(verdicts))

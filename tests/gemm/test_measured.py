@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fuse_pass.gemm import measured, onednn, probe
-from fuse_pass.gemm.probe import QUESTIONS, Question
+from fuse_pass.gemm.probe import QUESTIONS, Question, Round
 from fuse_pass.inductor import compat
 from tests.gemm.test_providers import chosen
 
@@ -24,6 +24,10 @@ pytestmark = [
 ]
 
 
+def answering(break_even: int | None) -> Round:
+    return Round(0.5 if break_even is None else 2.0, break_even)
+
+
 class Asker:
     """Stands in for the timed probe and counts how often all questions were asked.
 
@@ -34,12 +38,12 @@ class Asker:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.answers: dict[str, list[int | None]] = {}
+        self.answers: dict[str, list[Round]] = {}
         self.contradicted: set[str] = set()
 
-    def ask(self, question: Question) -> list[int | None]:
+    def ask(self, question: Question) -> list[Round]:
         self.asked.append(question.name)
-        return self.answers.get(question.name, [VERDICTS[question.name]] * 3)
+        return self.answers.get(question.name, [answering(VERDICTS[question.name])] * 3)
 
     def contradicts(self, question: Question, break_even: int | None) -> bool:
         return question.name in self.contradicted
@@ -114,15 +118,22 @@ def test_only_what_the_file_does_not_answer_is_asked(file: Path, asker: Asker) -
 
 def test_rounds_that_disagree_are_no_answer(file: Path, asker: Asker) -> None:
     """PyTorch's own product until the next process, which asks again."""
-    asker.answers = {"float32": [BREAK_EVEN, None, BREAK_EVEN]}
+    asker.answers = {"float32": [answering(flop) for flop in (BREAK_EVEN, None, BREAK_EVEN)]}
     assert measured.table() == {}
     assert "float32" not in json.loads(file.read_text())["break_even_flop"]
-    asker.answers = {"float32": [BREAK_EVEN, 2 * BREAK_EVEN, BREAK_EVEN]}
+    asker.answers = {"float32": [answering(flop) for flop in (BREAK_EVEN, 2 * BREAK_EVEN, BREAK_EVEN)]}
     asker.asked.clear()
     assert next_process() == {"float32": 2 * BREAK_EVEN}, "all pay: from the largest on"
     assert asker.asked == ["float32"]
     assert next_process() == {"float32": 2 * BREAK_EVEN}
     assert asker.asked == ["float32"]
+
+
+def test_rounds_that_disagree_by_little_are_a_tie(file: Path, asker: Asker) -> None:
+    """Asked again in every process, it would change what compiled code is kept for, and gain nothing."""
+    asker.answers = {"float32": [Round(1.12, BREAK_EVEN), Round(1.05, None), Round(1.2, BREAK_EVEN)]}
+    assert measured.table() == {}
+    assert json.loads(file.read_text())["break_even_flop"] == NOTHING
 
 
 @pytest.mark.parametrize("wrong", [{"float32": None, "bfloat16": BREAK_EVEN}, {"float32": 1 << 40, "bfloat16": None}])
@@ -239,9 +250,9 @@ def test_processors_of_one_name_have_a_table_each(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(probe, "contradicts", lambda question, break_even: False)
     for kind in ("rich", "poor", "rich", "poor"):
 
-        def ask(question: Question, kind: str = kind) -> list[int | None]:
+        def ask(question: Question, kind: str = kind) -> list[Round]:
             probed.append(kind)
-            return [found[kind].get(question.name)]
+            return [answering(found[kind].get(question.name))]
 
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, kind=kind: kind == "rich")
         monkeypatch.setattr(probe, "ask", ask)
