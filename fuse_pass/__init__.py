@@ -20,6 +20,8 @@ from fuse_pass.quantization import observers
 from fuse_pass.quantization.calibrate import calibrate
 from fuse_pass.quantization.convert import convert
 from fuse_pass.quantization.functional import FloatPrecisionSimulator, absmax_quantize, fake_quantize
+from fuse_pass.quantization.pack import pack, unpack
+from fuse_pass.quantization.packing import PackSpec
 from fuse_pass.report import Decline, Match, Reason, Report, collect
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ __all__ = [
     "Granularity",
     "IntFormat",
     "Match",
+    "PackSpec",
     "QuantSpec",
     "Reason",
     "Report",
@@ -57,6 +60,8 @@ __all__ = [
     "fuse_backend",
     "nn",
     "observers",
+    "pack",
+    "unpack",
 ]
 
 # What compiles needs Dynamo and Inductor, which take twice as long to import as PyTorch and all the rest of ours: it is

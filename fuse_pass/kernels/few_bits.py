@@ -56,6 +56,12 @@ def unpack(words: Tensor, columns: int, inner: int, bits: int) -> Tensor:
     return parts.flatten(2).flatten(0, 1)[:columns, :inner]
 
 
+def columns_of_inner(words: Tensor, which: Tensor, columns: int) -> Tensor:
+    """The codes of some inner positions, `[len(which), columns]`, of weights of 8 bits; the others are not unpacked."""
+    octets = words.unsqueeze(-1).view(torch.uint8)  # [tiles, words, 16, 4]
+    return octets[:, which // 4, :, which % 4].flatten(1)[:, :columns]
+
+
 def pack_columns(values: Tensor) -> Tensor:
     """One value for every column and group, in the order of tiles: `[columns, groups] → [tiles, groups, 16]`."""
     padded = F.pad(values, (0, 0, 0, -values.shape[0] % TILE))
@@ -152,7 +158,7 @@ def float_weight(
     words: Tensor, table: Tensor, scale: Tensor, shift: Tensor | None, columns: int, inner: int, bits: int
 ) -> Tensor:
     """The weight `[columns, inner]` that the arguments of `float_product` stand for, float32."""
-    codes = unpack(words, columns, padded_inner(inner, bits), bits)
+    codes = unpack(words, columns, words.shape[1] * (32 // bits), bits)  # whole groups
     values = codes.view(torch.int8).float() if bits == 8 else table[codes.int()]
     grouped = values.view(columns, scale.shape[1], -1)
     weight = grouped * unpack_columns(scale, columns).unsqueeze(-1)

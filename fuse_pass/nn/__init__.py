@@ -7,6 +7,7 @@ from fuse_pass.quantization import layers
 from fuse_pass.quantization.layers import *  # noqa: F403 - every Quantized* layer
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
+from fuse_pass.quantization.layers.packed import PackedLinear
 
-__all__ = ["BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear"]
+__all__ = ["BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", "PackedLinear"]
 __all__ += layers.__all__

@@ -1,0 +1,137 @@
+"""A Linear that holds its weight in few bits, for inference; made by `fuse_pass.pack`."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fuse_pass.ops.packed_dense import packed_dense, real_weight
+from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
+
+_FLOATS = ("scale", "shift", "table")
+
+
+class PackedLinear(nn.Module):
+    """`[..., in_features] → [..., out_features]` by a weight of 8, 4, 2 or 1 bits; the formulas are in
+    `fuse_pass.ops.packed_dense`.
+
+    The weight is no Parameter: inputs and the bias get gradients (straight-through, so that adapters beside a packed
+    model can be trained), the weight has none. `to_float()` gives an `nn.Linear` back.
+
+    The state dict holds `words` (int32, the packed codes), `scale`, for some specs `shift`, `bias`, and
+    `packed_format` (uint8, JSON: the spec and its version); `.to(dtype)` leaves all but the bias as they are.
+
+    Args:
+        in_features: size of an input row.
+        out_features: size of an output row.
+        spec: how the weight is packed.
+        weight: the packed weight.
+        bias: `[out_features]` or None; the same Parameter.
+    """
+
+    words: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    table: Tensor | None
+    packed_format: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, spec: PackSpec, weight: Packed, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.register_buffer("words", weight.words)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("shift", weight.shift)
+        device = weight.words.device
+        table = torch.tensor(TABLES[spec.table], dtype=torch.float32, device=device) if spec.table else None
+        self.register_buffer("table", table, persistent=False)
+        content = torch.frombuffer(bytearray(spec.to_bytes()), dtype=torch.uint8)
+        self.register_buffer("packed_format", content.to(device))
+        self.bias = bias
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: PackSpec) -> Self:
+        """A layer with the weight of `linear` packed, and the same bias Parameter.
+
+        Raises:
+            ValueError: see `packing.packed`.
+        """
+        weight = packed(linear.weight.detach(), spec)
+        layer = cls(linear.in_features, linear.out_features, spec, weight, linear.bias)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_float(self) -> nn.Linear:
+        """An `nn.Linear` with the real numbers that the codes stand for as its weight, and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.real_weight().to(torch.float32 if self.bias is None else self.bias.dtype))
+        linear.bias = self.bias  # type: ignore[assignment]  # may be None
+        return linear.train(self.training)
+
+    def real_weight(self) -> Tensor:
+        """`[out_features, in_features]`, what the codes stand for."""
+        sizes = (self.spec.kind, self.spec.bits, self.in_features, self.out_features)
+        return real_weight(self.words, self.scale, self.shift, self.table, *sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises what `nn.Linear` raises for a wrong size or dtype."""
+        self._check_input(x)
+        spec, weight = self.spec, (self.words, self.scale, self.shift, self.table)
+        settings = (spec.kind, spec.bits, self.out_features, spec.threshold)
+        return packed_dense(x, *weight, self.bias, *settings)  # type: ignore[no-any-return]
+
+    def _check_input(self, x: Tensor) -> None:
+        fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
+        if fits and x.device == self.words.device:
+            return
+        like = x.dtype if x.is_floating_point() else torch.float32
+        F.linear(x, torch.zeros((), dtype=like, device=self.words.device).expand(self.out_features, self.in_features))
+        raise RuntimeError(
+            f"PackedLinear: expected a floating-point x [..., {self.in_features}] on {self.words.device}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weight and its scales, without the bias."""
+        return sum(buffer.nbytes for buffer in (self.words, self.scale, self.shift) if buffer is not None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """`.to()`, `.half()` and their like, except that scales and tables keep their dtype."""
+        before = {name: getattr(self, name) for name in _FLOATS}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype is not buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        content = state_dict.get(f"{prefix}packed_format")
+        if content is not None:
+            try:
+                found = PackSpec.from_bytes(bytes(content.cpu().tolist()))
+            except ValueError as error:
+                errors.append(f"{prefix}{error}")
+                return
+            if found != self.spec:
+                errors.append(f"{prefix}packed_format: expected {self.spec}, got {found}; pack the model by that spec")
+                return
+        elif f"{prefix}weight" in state_dict:
+            errors.append(
+                f"{prefix}weight: this layer is packed and expects words and scale, got a plain weight; "
+                "load it into the model before fuse_pass.pack"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.spec}"
