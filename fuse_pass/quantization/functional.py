@@ -89,13 +89,14 @@ def fake_quantize(
         x: Tensor, dims: tuple[int, ...], scale: Any, zero_point: Tensor | None, seed: Tensor | None
     ) -> Tensor:
         """Elements that differ along `dims` share a scale."""
+        given = isinstance(scale, Tensor)
         if isinstance(fmt, BlockFormat):
             return _round_blocks(x, fmt, rounding, seed)
         if isinstance(fmt, FloatFormat):
-            factor = _absmax(x, dims, fmt.max) if isinstance(scale, str) else scale
-            return _round_scaled_float(x, factor, fmt, rounding, subnormal, overflow or "saturate", clip_grad, seed)
+            factor = scale if given else _absmax(x, dims, fmt.max)
+            clips = clip_grad and given
+            return _round_scaled_float(x, factor, fmt, rounding, subnormal, overflow or "saturate", clips, seed)
         assert isinstance(fmt, IntFormat)
-        given = isinstance(scale, Tensor)
         if not given:
             scale, zero_point = _int_scale(x, dims, fmt)
         return torch.ops.fuse_pass.fake_quantize_int(  # type: ignore[no-any-return]
