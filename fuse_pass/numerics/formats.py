@@ -5,13 +5,23 @@
 
 Sources: IEEE 754-2019 (binary formats), OCP OFP8 1.0 (e4m3, e5m2), OCP MX 1.0 (fp6, fp4, e8m0, blocks), 2206.02915
 (the two fnuz formats). To add a format is to add a row to `_ROWS`.
+
+A row tells what sets its kind apart: where its scales come from, and which scale fits a range of numbers. How tensors
+are rounded to it is in `quantization.quantizers`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+QParams = tuple[Tensor, Tensor | None]
+"""The scale (real value of one step), and the zero point (the integer that stands for 0) where there is one."""
 
 ENCODINGS = ("ieee", "fn", "fnuz", "finite", "scale")
 """What the codes with the largest exponent mean, and zero.
@@ -31,8 +41,56 @@ def _integer(what: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{what} must lie in {low}…{high}, got {value}")
 
 
+class Format:
+    """What every kind of format answers.
+
+    Attributes:
+        name: for messages and tables; formats compare without it.
+        scales: where the scale of a tensor may come from (`Site.scale`); nowhere if the format brings its own.
+        default_scale: where it comes from if nothing is said; None for a format that means numbers without one.
+        takes_zero_point: whether a zero point may be given together with a scale.
+    """
+
+    name: str
+    scales: ClassVar[tuple[str, ...]] = ()
+    default_scale: ClassVar[str | None] = None
+    takes_zero_point: ClassVar[bool] = False
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether there is a code for NaN, or for infinity."""
+        return False
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether every scale comes with a zero point."""
+        return False
+
+    @property
+    def steps(self) -> float:
+        """What the largest magnitude is divided by to give the scale; with a zero point, what the range is."""
+        raise ValueError(f"{self.name} brings its own scale")
+
+    def scale_for(self, largest: Tensor) -> Tensor:
+        """The scale that makes this magnitude the largest number; 1 for zeros and for what would underflow."""
+        scale = largest / self.steps
+        return torch.where(scale == 0, 1.0, scale)
+
+    def qparams_for(self, low: Tensor, high: Tensor) -> QParams:
+        """The scale, and zero point if there is one, with which the numbers span low … high.
+
+        Raises:
+            ValueError: a format that brings its own scale.
+        """
+        return self.scale_for(torch.maximum(low.abs(), high.abs())), None
+
+    def with_subnormals(self, subnormal: bool | None) -> Self:
+        """The format with or without subnormal numbers, where it can have them; None leaves it as it is."""
+        return self
+
+
 @dataclass(frozen=True)
-class FloatFormat:
+class FloatFormat(Format):
     """A binary floating-point format.
 
     Args:
@@ -47,6 +105,8 @@ class FloatFormat:
         TypeError: bits that are no integers.
         ValueError: bits or bias out of range; the message says what is valid.
     """
+
+    scales = ("dynamic", "static")
 
     exp_bits: int
     sig_bits: int
@@ -111,6 +171,10 @@ class FloatFormat:
         return math.ldexp(2 ** (self.sig_bits + 1) - (2 if self.encoding == "fn" else 1), self.emax - self.sig_bits)
 
     @property
+    def steps(self) -> float:
+        return self.max
+
+    @property
     def smallest_normal(self) -> float:
         return math.ldexp(1.0, self.emin)
 
@@ -124,10 +188,17 @@ class FloatFormat:
         """The distance from 1 to the next number of infinite exponent range."""
         return math.ldexp(1.0, -self.sig_bits)
 
+    def with_subnormals(self, subnormal: bool | None) -> Self:
+        return self if subnormal is None else replace(self, subnormal=subnormal)
+
 
 @dataclass(frozen=True)
-class IntFormat:
+class IntFormat(Format):
     """Integers times a scale: `bits` 2…16; symmetric −Q…Q with Q = 2^(bits−1) − 1, else −Q−1…Q with a zero point."""
+
+    scales = ("dynamic", "static", "learned")
+    default_scale = "dynamic"
+    takes_zero_point = True
 
     bits: int
     symmetric: bool = True
@@ -147,9 +218,26 @@ class IntFormat:
     def quant_min(self) -> int:
         return -self.quant_max - (not self.symmetric)
 
+    @property
+    def has_zero_point(self) -> bool:
+        return not self.symmetric
+
+    @property
+    def steps(self) -> int:
+        return self.quant_max if self.symmetric else self.quant_max - self.quant_min
+
+    def qparams_for(self, low: Tensor, high: Tensor) -> QParams:
+        """With a zero point the range is widened to 0, which stays exact."""
+        if self.symmetric:
+            return super().qparams_for(low, high)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = high / self.steps - low / self.steps  # the difference itself could overflow
+        scale = torch.where(scale == 0, 1.0, scale)
+        return scale, (self.quant_min - torch.round(low / scale)).clamp(self.quant_min, self.quant_max)
+
 
 @dataclass(frozen=True)
-class FixedFormat:
+class FixedFormat(Format):
     """Fixed point: multiples of 2^−frac_bits in two's complement, −2^int_bits … 2^int_bits − 2^−frac_bits.
 
     Args:
@@ -196,7 +284,7 @@ class FixedFormat:
 
 
 @dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(Format):
     """Elements that share a power of two as their scale, `block_size` neighbours along the last dimension each.
 
     The scale of OCP MX 1.0 §6.3: 2^(floor(log2 max|x|) − element.emax), and elements beyond the range saturate. A block
@@ -229,8 +317,6 @@ class BlockFormat:
         """Bits per element, its part of the scale included."""
         return self.element.bits + self.scale.bits / self.block_size
 
-
-Format = FloatFormat | IntFormat | FixedFormat | BlockFormat
 
 GRANULARITIES = ("tensor", "channel", "group", "token")
 
@@ -265,6 +351,20 @@ class Granularity:
             _integer("size (elements of a group)", self.size, 1, 2**31 - 1)
         elif self.size is not None:
             raise ValueError(f"only granularity 'group' has a size, not {self.kind!r}")
+
+    def shared_dims(self, rank: int) -> tuple[int, ...]:
+        """The dimensions along which elements share a scale; for groups the last one of x as `[..., groups, size]`.
+
+        Raises:
+            ValueError: a channel that tensors of this rank do not have.
+        """
+        if self.kind == "tensor":
+            return tuple(range(rank))
+        if self.axis is None:
+            return (-1,) if rank else ()
+        if not -rank <= self.axis < rank:
+            raise ValueError(f"granularity 'channel' with axis {self.axis} for a tensor of {rank} dimensions")
+        return tuple(dim for dim in range(rank) if dim != self.axis % rank)
 
 
 class _Table(Mapping[str, Format]):
@@ -342,6 +442,6 @@ def as_format(spec: Format | str) -> Format:
     """
     if isinstance(spec, str):
         return formats[spec]
-    if isinstance(spec, (FloatFormat, IntFormat, FixedFormat, BlockFormat)):
+    if isinstance(spec, Format):
         return spec
     raise TypeError(f"expected a format or its name, got {spec!r}")

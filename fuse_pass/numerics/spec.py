@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
-from fuse_pass.numerics.formats import FloatFormat, Format, Granularity, IntFormat, as_format
+from fuse_pass.numerics.formats import Format, Granularity, as_format
 from fuse_pass.numerics.rounding import as_rounding
 
 SITES = ("input", "weight", "bias", "output", "state", "grad")
@@ -45,10 +45,10 @@ class Site:
             return
         if self.scale not in SCALES:
             raise ValueError(f"unknown scale {self.scale!r} of a Site; valid are {', '.join(SCALES)} and None")
-        if not isinstance(self.format, (IntFormat, FloatFormat)):
+        if not self.format.scales:
             raise ValueError(f"{self.format.name} brings its own scale; got scale={self.scale!r}")
-        if self.scale == "learned" and not isinstance(self.format, IntFormat):
-            raise ValueError(f"only integers have a learned scale, not {self.format.name}")
+        if self.scale not in self.format.scales:
+            raise ValueError(f"only integers have a {self.scale} scale, not {self.format.name}")
 
     def of_rows(self) -> Site:
         """The same for rows that were looked up in a table: a scale per row of the table is one per row here."""
@@ -58,7 +58,7 @@ class Site:
     @property
     def is_idempotent(self) -> bool:
         """Whether quantising twice is quantising once, bit for bit: not where a scale comes from the tensor."""
-        return self.scale is None and not isinstance(self.format, IntFormat)
+        return self.scale is None and self.format.default_scale is None
 
     @property
     def needs_scale(self) -> bool:
@@ -68,7 +68,12 @@ class Site:
     @property
     def takes_scale(self) -> bool:
         """Whether a scale that is set is used."""
-        return self.needs_scale or (self.scale is None and isinstance(self.format, IntFormat))
+        return self.needs_scale or (self.scale is None and self.format.default_scale is not None)
+
+    @property
+    def may_learn_scale(self) -> bool:
+        """Whether the scale, whose source is left open, could be a parameter."""
+        return self.scale is None and "learned" in self.format.scales
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class QuantSpec:
         it, biases and outputs stay in floating point.
         """
         fmt = as_format(format)
-        if isinstance(fmt, IntFormat):
+        if fmt.default_scale is not None:
             per_channel = Site(fmt, rounding=str(as_rounding(rounding)), granularity=Granularity("channel", axis=0))
             return cls(input=fmt, weight=per_channel, state=fmt, rounding=rounding)
         return cls(fmt, fmt, fmt, fmt, fmt, rounding=rounding)

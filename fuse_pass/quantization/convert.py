@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from fuse_pass.inductor import private
-from fuse_pass.numerics.formats import Format, IntFormat
-from fuse_pass.numerics.spec import QuantSpec, Site, spec_of
+from fuse_pass.numerics.formats import Format
+from fuse_pass.numerics.spec import QuantSpec, spec_of
 from fuse_pass.quantization.layers import LAYER_FOR, QuantizedLayer
 from fuse_pass.quantization.layers.base import whole_weight
 from fuse_pass.quantization.layers.dropout import Dropping
@@ -173,7 +173,7 @@ class _Choice:
         if learn_scales:
             specs = (self._default, *self._by_name.values(), *self._by_type.values())
             sites = [site for spec in specs if spec is not None for site in (spec.input, spec.weight)]
-            if not any(_can_learn(site) for site in sites):
+            if not any(site is not None and site.may_learn_scale for site in sites):
                 raise ValueError("convert: learn_scales needs an integer format for inputs or weights, e.g. 'int8'")
 
     def _add(self, key: Any, spec: QuantSpec | None) -> None:
@@ -212,15 +212,11 @@ class _Choice:
                 raise ValueError(f"convert: no module's name matches {pattern!r}; names look like {_examples(names)}")
 
 
-def _can_learn(site: Site | None) -> bool:
-    return site is not None and isinstance(site.format, IntFormat) and site.scale is None
-
-
 def _learning(spec: QuantSpec, module: nn.Module) -> QuantSpec:
     """The spec with learned scales where one tensor with several elements per scale stands behind a site."""
-    if spec.input is not None and _can_learn(spec.input) and spec.input.granularity.kind == "tensor":
+    if spec.input is not None and spec.input.may_learn_scale and spec.input.granularity.kind == "tensor":
         spec = replace(spec, input=replace(spec.input, scale="learned"))
-    if spec.weight is None or not _can_learn(spec.weight):
+    if spec.weight is None or not spec.weight.may_learn_scale:
         return spec
     weight = whole_weight(module, spec.weight)
     has_scales_to_learn = weight is not None and weight.dim() > 1

@@ -7,29 +7,19 @@ straight through for gradients.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuse_pass.numerics import rounding as core
-from fuse_pass.numerics.formats import (
-    BlockFormat,
-    FixedFormat,
-    FloatFormat,
-    Format,
-    Granularity,
-    IntFormat,
-    as_format,
-)
+from fuse_pass.numerics.formats import FloatFormat, Format, Granularity, IntFormat, as_format
 from fuse_pass.numerics.spec import Site
 from fuse_pass.ops.fake_quantize import OVERFLOWS
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
+from fuse_pass.quantization.quantizers import quantizer_for
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LEFT_OVER = 0x2545F4914F6CDD1D
 _WEYL = -0x61C8864680B583EB  # odd, 2**64 / golden ratio: seeds of successive calls differ in many bits
 
 
@@ -74,39 +64,16 @@ def fake_quantize(
         ValueError: unknown format, mode, granularity, overflow or a combination without meaning.
     """
     _check_floating(x, "fake_quantize")
-    fmt, rounding = as_format(fmt), core.as_rounding(rounding)
+    fmt, mode = as_format(fmt).with_subnormals(subnormal), core.as_rounding(rounding)
     granularity = Granularity(granularity) if isinstance(granularity, str) else granularity
     _check_options(fmt, scale, zero_point, overflow)
-    drawn = _seed_for(x, rounding, seed, generator)
-    if isinstance(fmt, FixedFormat):
-        return _round_fixed(x, fmt, rounding, clip_grad, drawn)
-    if isinstance(fmt, FloatFormat) and scale is None:
-        return _round_float(x, fmt, rounding, subnormal, overflow, clip_grad, drawn)
-    if x.numel() == 0:
-        return x.clone()
-
-    def quantize(
-        x: Tensor, dims: tuple[int, ...], scale: Any, zero_point: Tensor | None, seed: Tensor | None
-    ) -> Tensor:
-        """Elements that differ along `dims` share a scale."""
-        given = isinstance(scale, Tensor)
-        if isinstance(fmt, BlockFormat):
-            return _round_blocks(x, fmt, rounding, seed)
-        if isinstance(fmt, FloatFormat):
-            factor = scale if given else _absmax(x, dims, fmt.max)
-            clips = clip_grad and given
-            return _round_scaled_float(x, factor, fmt, rounding, subnormal, overflow or "saturate", clips, seed)
-        assert isinstance(fmt, IntFormat)
-        if not given:
-            scale, zero_point = _int_scale(x, dims, fmt)
-        return torch.ops.fuse_pass.fake_quantize_int(  # type: ignore[no-any-return]
-            x, scale, zero_point, seed, fmt.quant_min, fmt.quant_max, rounding, clip_grad and given
-        )
-
-    size = fmt.block_size if isinstance(fmt, BlockFormat) else granularity.size
-    if size is None:
-        return quantize(x, _shared_dims(x, granularity), scale, zero_point, drawn)
-    return _by_groups(quantize, x, size, scale, zero_point, drawn)
+    given = (scale, zero_point) if isinstance(scale, Tensor) else None
+    is_scaled = scale is not None or fmt.default_scale is not None
+    drawn = _seed_for(x, mode, seed, generator)
+    quantizer = quantizer_for(fmt, mode, overflow, clip_grad=clip_grad and (given is not None or not is_scaled))
+    if is_scaled:
+        return quantizer.fake_quantize_scaled(x, granularity, given, drawn)
+    return quantizer.fake_quantize(x, None, drawn)
 
 
 def quantize_at(site: Site | None, x: Tensor) -> Tensor:
@@ -229,15 +196,15 @@ def _check_floating(x: Any, what: str) -> None:
 def _check_options(fmt: Format, scale: Any, zero_point: Any, overflow: str | None) -> None:
     if isinstance(scale, str) and scale != "absmax":
         raise ValueError(f"scale is a tensor, None or 'absmax', got {scale!r}")
-    if scale is not None and isinstance(fmt, (BlockFormat, FixedFormat)):
+    if scale is not None and not fmt.scales:
         raise ValueError(f"{fmt.name} brings its own scale; got scale={scale!r}")
-    if zero_point is not None and not (isinstance(fmt, IntFormat) and isinstance(scale, Tensor)):
+    if zero_point is not None and not (fmt.takes_zero_point and isinstance(scale, Tensor)):
         raise ValueError("zero_point needs an integer format and a scale that is a tensor")
     if overflow is None:
         return
     if overflow not in OVERFLOWS:
         raise ValueError(f"unknown overflow {overflow!r}; valid are {', '.join(OVERFLOWS)}")
-    if overflow == "ieee" and not (isinstance(fmt, FloatFormat) and fmt.has_nan):
+    if overflow == "ieee" and not fmt.has_nan:
         raise ValueError(f"{fmt.name} has neither infinity nor NaN: it can only saturate")
 
 
@@ -251,154 +218,3 @@ def _seed_for(x: Tensor, rounding: str, seed: Tensor | int | None, generator: to
     if generator is not None:
         return torch.randint(2**63 - 1, (), generator=generator, device=generator.device).to(x.device)
     return torch.ops.fuse_pass.seed(device=x.device)  # type: ignore[no-any-return]
-
-
-def _round_float(
-    x: Tensor,
-    fmt: FloatFormat,
-    rounding: str,
-    subnormal: bool | None,
-    overflow: str | None,
-    clip_grad: bool,
-    seed: Tensor | None,
-) -> Tensor:
-    return torch.ops.fuse_pass.fake_quantize(  # type: ignore[no-any-return]
-        x,
-        seed,
-        fmt.exp_bits,
-        fmt.sig_bits,
-        fmt.bias,
-        fmt.encoding,
-        rounding,
-        fmt.subnormal if subnormal is None else subnormal,
-        overflow or ("ieee" if fmt.has_inf else "saturate"),
-        clip_grad,
-    )
-
-
-def _round_scaled_float(
-    x: Tensor,
-    scale: Tensor,
-    fmt: FloatFormat,
-    rounding: str,
-    subnormal: bool | None,
-    overflow: str,
-    clip_grad: bool,
-    seed: Tensor | None,
-) -> Tensor:
-    wide = core.compute_carrier(x.dtype).dtype
-    step = scale.detach().to(wide)
-    ratio = x.detach().to(wide) / step
-    y = _round_float(ratio, fmt, rounding, subnormal, overflow, False, seed)
-    clipped = ratio if clip_grad else None
-    return torch.ops.fuse_pass.straight_through(x, (y * step).to(x.dtype), clipped, -fmt.max, fmt.max)  # type: ignore[no-any-return]
-
-
-def _round_fixed(x: Tensor, fmt: FixedFormat, rounding: str, clip_grad: bool, seed: Tensor | None) -> Tensor:
-    step = torch.full((), fmt.quantum, dtype=core.compute_carrier(x.dtype).dtype, device=x.device)
-    low, high = (_held(int(end / fmt.quantum), x.dtype) for end in (fmt.min, fmt.max))
-    return torch.ops.fuse_pass.fake_quantize_int(x, step, None, seed, low, high, rounding, clip_grad)  # type: ignore[no-any-return]
-
-
-def _held(number: int, dtype: torch.dtype) -> int:
-    """The integer next to `number`, towards zero, that `dtype` holds."""
-    surplus = max(abs(number).bit_length() - 1 - core.fraction_bits(dtype), 0)
-    magnitude = abs(number) >> surplus << surplus
-    return magnitude if number > 0 else -magnitude
-
-
-def _round_blocks(x: Tensor, fmt: BlockFormat, rounding: str, seed: Tensor | None) -> Tensor:
-    """`x [..., blocks, elements]`; OCP MX 1.0 §6.3: scale 2^(floor(log2 max|x|) − element.emax), within its format."""
-    carrier = core.compute_carrier(x.dtype)
-    blocks = x.detach().to(carrier.dtype)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    exponent = (largest.view(carrier.int_dtype) >> carrier.sig_bits) - carrier.bias
-    exponent = (exponent - fmt.element.emax).clamp(fmt.scale.emin, fmt.scale.emax)
-    # Two factors, because the inverse of the largest scale is no normal number.
-    half = exponent >> 1
-    up, up_again = (_power_of_two(e, carrier) for e in (half, exponent - half))
-    up = torch.where(largest < math.inf, up, math.nan)  # where no scale can be taken, it is NaN, and the block is
-    down, down_again = (_power_of_two(-e, carrier) for e in (half, exponent - half))
-    ratio = blocks * down * down_again
-    if rounding in ("plus_inf", "minus_inf", "odd"):  # what vanished in the product has yet to go to its neighbour
-        vanished = (ratio == 0) & (blocks != 0)
-        ratio = torch.where(vanished, blocks.sign() * torch.finfo(carrier.dtype).tiny, ratio)
-    if isinstance(fmt.element, FixedFormat):
-        element = _round_fixed(ratio, fmt.element, rounding, False, seed)
-    else:
-        element = _round_float(ratio, fmt.element, rounding, None, "saturate", False, seed)
-    return torch.ops.fuse_pass.straight_through(x, (element * up * up_again).to(x.dtype))  # type: ignore[no-any-return]
-
-
-def _power_of_two(exponent: Tensor, carrier: core.Carrier) -> Tensor:
-    return ((exponent + carrier.bias) << carrier.sig_bits).view(carrier.dtype)
-
-
-def _shared_dims(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
-    """The dimensions along which elements share a scale; not for groups."""
-    every = tuple(range(x.dim()))
-    if granularity.kind == "tensor":
-        return every
-    if granularity.kind == "token":
-        return every[-1:]
-    axis = granularity.axis
-    assert axis is not None
-    if not -x.dim() <= axis < x.dim():
-        raise ValueError(f"granularity 'channel' with axis {axis} for a tensor of {x.dim()} dimensions")
-    return tuple(dim for dim in every if dim != axis % x.dim())
-
-
-def _by_groups(
-    quantize: Callable[[Tensor, tuple[int, ...], Any, Tensor | None, Tensor | None], Tensor],
-    x: Tensor,
-    size: int,
-    scale: Any,
-    zero_point: Tensor | None,
-    seed: Tensor | None,
-) -> Tensor:
-    """The groups of `size` and then the shorter one that is left over.
-
-    Not by padding: Inductor computes a padded value once for every use of it, and its C++ for a slice of flattened
-    groups leaves the last one out (torch 2.13).
-    """
-    rows = x.reshape(1) if x.dim() == 0 else x
-    left_over = rows.shape[-1] % size
-    groups = rows.shape[-1] // size
-    parts = []
-    for start, count, length in ((0, groups, size), (groups, 1, left_over)):
-        if count and length:
-            part = rows[..., start * size : start * size + count * length].unflatten(-1, (count, length))
-            step, zero = (
-                q[..., start : start + count, :] if isinstance(q, Tensor) and q.dim() > 1 else q
-                for q in (scale, zero_point)
-            )
-            stream = seed if start == 0 or seed is None else seed ^ _LEFT_OVER
-            parts.append(quantize(part, (-1,), step, zero, stream).flatten(-2))
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return y[0] if x.dim() == 0 else y
-
-
-def _absmax(x: Tensor, dims: tuple[int, ...], largest: float) -> Tensor:
-    """The scale that makes the largest magnitude the largest number; 1 for zeros and for what would underflow."""
-    wide = x.detach().to(core.compute_carrier(x.dtype).dtype).abs()
-    scale = (wide.amax(dims, keepdim=True) if dims else wide) / largest
-    return torch.where(scale == 0, 1.0, scale)
-
-
-def _int_scale(x: Tensor, dims: tuple[int, ...], fmt: IntFormat) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point from the range of x."""
-    if fmt.symmetric:
-        return _absmax(x, dims, fmt.quant_max), None
-    wide = x.detach().to(core.compute_carrier(x.dtype).dtype)
-    return affine_scale(
-        *((wide.amin(dims, keepdim=True), wide.amax(dims, keepdim=True)) if dims else (wide, wide)), fmt
-    )
-
-
-def affine_scale(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor]:
-    """Scale and zero point with which asymmetric integers span low … high and 0, which stays exact."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    steps = fmt.quant_max - fmt.quant_min
-    scale = high / steps - low / steps  # the difference itself could overflow
-    scale = torch.where(scale == 0, 1.0, scale)
-    return scale, (fmt.quant_min - torch.round(low / scale)).clamp(fmt.quant_min, fmt.quant_max)

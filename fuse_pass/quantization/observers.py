@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fuse_pass.numerics.formats import FloatFormat, Format, Granularity, IntFormat, as_format
+from fuse_pass.numerics.formats import Format, Granularity, QParams, as_format
 from fuse_pass.numerics.rounding import compute_carrier
-from fuse_pass.quantization.functional import affine_scale, fake_quantize
+from fuse_pass.quantization.functional import fake_quantize
 
 
 class Observer:
@@ -53,14 +53,14 @@ class Observer:
         first, self._shape = self._shape is None, self._shape or shape
         self._update(rows, first)
 
-    def scale_and_zero_point(self, fmt: Format | str) -> tuple[Tensor, Tensor | None]:
+    def scale_and_zero_point(self, fmt: Format | str) -> QParams:
         """The scale, float32 or float64, for an integer or floating-point format; int32 zero point if asymmetric.
 
         Raises:
             ValueError: nothing was observed, or a format without a scale.
         """
         fmt = as_format(fmt)
-        if not isinstance(fmt, (IntFormat, FloatFormat)):
+        if not fmt.scales:
             raise ValueError(f"{fmt.name} brings its own scale")
         if self._shape is None:
             raise ValueError(f"{type(self).__name__}: nothing was observed")
@@ -71,7 +71,7 @@ class Observer:
     def _update(self, rows: Tensor, first: bool) -> None:
         raise NotImplementedError
 
-    def _choose(self, fmt: IntFormat | FloatFormat) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, fmt: Format) -> QParams:
         """Scale and zero point `[groups]`."""
         raise NotImplementedError
 
@@ -87,8 +87,8 @@ class MinMax(Observer):
         self._low = low if first else torch.minimum(self._low, low)
         self._high = high if first else torch.maximum(self._high, high)
 
-    def _choose(self, fmt: IntFormat | FloatFormat) -> tuple[Tensor, Tensor | None]:
-        return _fitting(self._low, self._high, fmt)
+    def _choose(self, fmt: Format) -> QParams:
+        return fmt.qparams_for(self._low, self._high)
 
 
 class MovingAverage(MinMax):
@@ -123,10 +123,10 @@ class MeanMagnitude(MinMax):
         self._total = total if first else self._total + total
         self._count = rows.shape[1] if first else self._count + rows.shape[1]
 
-    def _choose(self, fmt: IntFormat | FloatFormat) -> tuple[Tensor, Tensor | None]:
-        if not (isinstance(fmt, IntFormat) and fmt.symmetric):
+    def _choose(self, fmt: Format) -> QParams:
+        if fmt.has_zero_point or "learned" not in fmt.scales:
             return super()._choose(fmt)
-        scale = (2 * self._total / self._count / math.sqrt(fmt.quant_max)).to(self._low.dtype)
+        scale = (2 * self._total / self._count / math.sqrt(fmt.steps)).to(self._low.dtype)
         return torch.where(scale == 0, 1.0, scale), None
 
 
@@ -169,9 +169,9 @@ class Percentile(_Sampling):
             raise ValueError(f"percent must lie above 50 and be at most 100, got {percent}")
         self.percent = percent
 
-    def _choose(self, fmt: IntFormat | FloatFormat) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, fmt: Format) -> QParams:
         ordered, upper = self._kept.sort(1).values, self.percent / 100
-        return _fitting(_quantile(ordered, 1 - upper), _quantile(ordered, upper), fmt)
+        return fmt.qparams_for(_quantile(ordered, 1 - upper), _quantile(ordered, upper))
 
 
 class MSE(_Sampling):
@@ -181,13 +181,13 @@ class MSE(_Sampling):
     best; every group has its own.
     """
 
-    def _choose(self, fmt: IntFormat | FloatFormat) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, fmt: Format) -> QParams:
         low, high = self._kept.aminmax(dim=1)
         largest = torch.maximum(-low, high)
 
-        def fitting(exponent: Tensor) -> tuple[Tensor, Tensor | None]:
+        def fitting(exponent: Tensor) -> QParams:
             threshold = largest * torch.exp2(-exponent)
-            return _fitting(torch.maximum(low, -threshold), torch.minimum(high, threshold), fmt)
+            return fmt.qparams_for(torch.maximum(low, -threshold), torch.minimum(high, threshold))
 
         best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
         coarse = [torch.full_like(largest, quarters / 4) for quarters in range(49)]
@@ -198,7 +198,7 @@ class MSE(_Sampling):
 
     def _least(
         self,
-        fitting: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        fitting: Callable[[Tensor], QParams],
         fmt: Format,
         exponents: list[Tensor],
         best: Tensor,
@@ -265,11 +265,3 @@ def _quantile(ordered: Tensor, share: float) -> Tensor:
     below = int(position)
     above = min(below + 1, ordered.shape[1] - 1)
     return ordered[:, below].lerp(ordered[:, above], position - below)
-
-
-def _fitting(low: Tensor, high: Tensor, fmt: IntFormat | FloatFormat) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point `[groups]` that fit low … high, the same bits as the dynamic scales of `fake_quantize`."""
-    if isinstance(fmt, FloatFormat) or fmt.symmetric:
-        scale = torch.maximum(low.abs(), high.abs()) / (fmt.max if isinstance(fmt, FloatFormat) else fmt.quant_max)
-        return torch.where(scale == 0, 1.0, scale), None
-    return affine_scale(low, high, fmt)

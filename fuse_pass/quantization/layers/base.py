@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fuse_pass.inductor import private
-from fuse_pass.numerics.formats import FloatFormat, Format, IntFormat
+from fuse_pass.numerics.formats import FloatFormat, Format
 from fuse_pass.numerics.spec import SITES, QuantSpec, Site, spec_of
 from fuse_pass.quantization.functional import fake_quantize, quantize_at
 from fuse_pass.quantization.observers import MeanMagnitude
@@ -81,9 +81,8 @@ class QuantizedLayer(nn.Module):
         described: Site | None = getattr(self.spec, site) if site in SITES else None
         if described is None or not described.takes_scale or site == "grad":
             raise ValueError(f"{type(self).__name__}.set_scale: {site!r} takes no scale; spec: {self.spec}")
-        asymmetric = isinstance(described.format, IntFormat) and not described.format.symmetric
-        if asymmetric is not (zero_point is not None):
-            word = "needs a" if asymmetric else "has no"
+        if described.format.has_zero_point is not (zero_point is not None):
+            word = "needs a" if described.format.has_zero_point else "has no"
             raise ValueError(f"{type(self).__name__}.set_scale: {described.format.name} {word} zero point")
         like = next(self.parameters(), scale)
         scale = scale.detach().clone().to(like.device)
@@ -230,11 +229,8 @@ def at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_point: Te
 
 def _learned_step(site: Site, x: Tensor, scale: Tensor, *, batched: bool) -> Tensor:
     """`scale` with the gradient g · dy/ds, 1902.08153 §2.2; `batched`: dimension 0 of x is none of the layer's."""
-    fmt = site.format
-    assert isinstance(fmt, IntFormat)
-    largest = fmt.quant_max if fmt.symmetric else fmt.quant_max - fmt.quant_min
     sharing = x.numel() // max(scale.numel() * (x.shape[0] if batched and x.dim() > 1 else 1), 1)
-    step: Tensor = _ScaledGradient.apply(scale, (max(sharing, 1) * largest) ** -0.5)
+    step: Tensor = _ScaledGradient.apply(scale, (max(sharing, 1) * site.format.steps) ** -0.5)
     # The sign of a step has no meaning, and a step of 0 would be the end of training.
     return step.abs().clamp(min=torch.finfo(step.dtype).tiny)
 
