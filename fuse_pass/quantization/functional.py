@@ -76,17 +76,37 @@ def fake_quantize(
     return quantizer.fake_quantize(x, None, drawn)
 
 
-def quantize_at(site: Site | None, x: Tensor) -> Tensor:
-    """x as a `Site` without a scale of its own quantises it; x itself where there is none."""
+def quantize_at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
+    """x as quantised at a site; x itself where there is none.
+
+    Args:
+        site: how.
+        x: `[...]`.
+        scale: of a calibrated site, `[]` or of the shape that the granularity tells; without it the scale is dynamic.
+        zero_point: of asymmetric integers, of the same shape.
+
+    Raises:
+        ValueError: a site whose scale is "static" or "learned", and no scale.
+    """
     if site is None:
         return x
+    if scale is None and site.needs_scale:
+        raise ValueError(f"the scale of {site.format.name} is {site.scale} here, and there is none")
+    axis = site.granularity.axis
+    if (
+        scale is not None and axis is not None and scale.dim() != x.dim()
+    ):  # calibrated with another number of dimensions
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        scale, zero_point = scale.view(shape), None if zero_point is None else zero_point.view(shape)
     return fake_quantize(
         x,
         site.format,
         rounding=site.rounding,
         granularity=site.granularity,
-        scale="absmax" if site.scale == "dynamic" else None,
-        clip_grad=site.clip_grad,
+        scale="absmax" if scale is None and site.scale == "dynamic" else scale,
+        zero_point=zero_point,
+        clip_grad=site.clip_grad or site.scale == "learned",
     )
 
 

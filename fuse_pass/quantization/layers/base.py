@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fuse_pass.inductor import private
 from fuse_pass.numerics.formats import FloatFormat, Format
 from fuse_pass.numerics.spec import SITES, QuantSpec, Site, spec_of
-from fuse_pass.quantization.functional import fake_quantize, quantize_at
+from fuse_pass.quantization.functional import quantize_at
 from fuse_pass.quantization.observers import MeanMagnitude
 
 _SCALE_NAMES = tuple((site, f"{site}_scale", f"{site}_zero_point") for site in SITES)
@@ -123,7 +123,7 @@ class QuantizedLayer(nn.Module):
             return x
         if self._watch is not None:  # by `calibrate`, before there are scales
             self._watch(name, x)
-            return at(replace(site, scale="dynamic") if site.takes_scale else site, x)
+            return quantize_at(replace(site, scale="dynamic") if site.takes_scale else site, x)
         scale = getattr(self, f"{name}_scale", None) if site.takes_scale else None
         if scale is None and site.needs_scale:
             raise RuntimeError(
@@ -133,7 +133,7 @@ class QuantizedLayer(nn.Module):
         zero_point = None if scale is None else getattr(self, f"{name}_zero_point", None)
         if scale is not None and site.scale == "learned":
             scale = _learned_step(site, x, scale, batched=name not in ("weight", "bias"))
-        return at(site, x, scale, zero_point)
+        return quantize_at(site, x, scale, zero_point)
 
     def _input(self, x: Tensor) -> Tensor:
         return self._at("input", x)
@@ -198,35 +198,6 @@ def whole_weight(layer: nn.Module, site: Site) -> Tensor | None:
     return weight if isinstance(weight, Tensor) and not by_row else None
 
 
-def at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
-    """`x` as quantised at a site; `x` itself where there is none.
-
-    Args:
-        site: how.
-        x: `[...]`.
-        scale: of a calibrated site, `[]` or of the shape that the granularity tells; without it the scale is dynamic.
-        zero_point: of asymmetric integers, of the same shape.
-
-    Raises:
-        ValueError: a site whose scale is "static" or "learned", and no scale.
-    """
-    if site is None:
-        return x
-    if scale is None:
-        if site.needs_scale:
-            raise ValueError(f"the scale of {site.format.name} is {site.scale} here, and there is none")
-        return quantize_at(site, x)
-    if site.granularity.axis is not None and scale.dim() != x.dim():  # calibrated with another number of dimensions
-        shape = [1] * x.dim()
-        shape[site.granularity.axis] = -1
-        scale, zero_point = scale.view(shape), None if zero_point is None else zero_point.view(shape)
-    clip_grad = site.clip_grad or site.scale == "learned"
-    return fake_quantize(
-        x, site.format, rounding=site.rounding, granularity=site.granularity, scale=scale, zero_point=zero_point,
-        clip_grad=clip_grad,
-    )  # fmt: skip
-
-
 def _learned_step(site: Site, x: Tensor, scale: Tensor, *, batched: bool) -> Tensor:
     """`scale` with the gradient g · dy/ds, 1902.08153 §2.2; `batched`: dimension 0 of x is none of the layer's."""
     sharing = x.numel() // max(scale.numel() * (x.shape[0] if batched and x.dim() > 1 else 1), 1)
@@ -262,7 +233,7 @@ class _QuantizedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return at(ctx.site, grads[0]), None
+        return quantize_at(ctx.site, grads[0]), None
 
 
 def _with_the_contents_of(module: nn.Module, new_type: type[nn.Module]) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.quantization.layers.base import ByFormat, at
+from fuse_pass.quantization.functional import quantize_at
+from fuse_pass.quantization.layers.base import ByFormat
 
 
 class QuantizedEmbedding(ByFormat, nn.Embedding):
@@ -24,5 +25,5 @@ class QuantizedEmbedding(ByFormat, nn.Embedding):
         )
         site = self.spec.weight
         if site is not None and not site.needs_scale and (by_row := site.of_rows()) is not site:
-            return self._output(at(by_row, rows))
+            return self._output(quantize_at(by_row, rows))
         return self._output(self._weight(rows))
