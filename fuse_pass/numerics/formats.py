@@ -84,8 +84,8 @@ class Format:
         """
         return self.scale_for(torch.maximum(low.abs(), high.abs())), None
 
-    def with_subnormals(self, subnormal: bool | None) -> Self:
-        """The format with or without subnormal numbers, where it can have them; None leaves it as it is."""
+    def with_subnormals(self, subnormal: bool) -> Self:
+        """The format with or without subnormal numbers, where it can have them."""
         return self
 
 
@@ -188,8 +188,8 @@ class FloatFormat(Format):
         """The distance from 1 to the next number of infinite exponent range."""
         return math.ldexp(1.0, -self.sig_bits)
 
-    def with_subnormals(self, subnormal: bool | None) -> Self:
-        return self if subnormal is None else replace(self, subnormal=subnormal)
+    def with_subnormals(self, subnormal: bool) -> Self:
+        return replace(self, subnormal=subnormal)
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,15 @@ def fake_quantize(
         ValueError: unknown format, mode, granularity, overflow or a combination without meaning.
     """
     _check_floating(x, "fake_quantize")
-    fmt, mode = as_format(fmt).with_subnormals(subnormal), core.as_rounding(rounding)
+    fmt, mode = as_format(fmt), core.as_rounding(rounding)
+    if subnormal is not None:
+        fmt = fmt.with_subnormals(subnormal)
     granularity = Granularity(granularity) if isinstance(granularity, str) else granularity
     _check_options(fmt, scale, zero_point, overflow)
-    given = (scale, zero_point) if isinstance(scale, Tensor) else None
-    is_scaled = scale is not None or fmt.default_scale is not None
-    drawn = _seed_for(x, mode, seed, generator)
-    quantizer = quantizer_for(fmt, mode, overflow, clip_grad=clip_grad and (given is not None or not is_scaled))
-    if is_scaled:
-        return quantizer.fake_quantize_scaled(x, granularity, given, drawn)
-    return quantizer.fake_quantize(x, None, drawn)
+    is_dynamic = isinstance(scale, str) or (scale is None and fmt.default_scale is not None)
+    quantizer = quantizer_for(fmt, mode, granularity, is_dynamic=is_dynamic, overflow=overflow, clip_grad=clip_grad)
+    qparams = (scale, zero_point) if isinstance(scale, Tensor) else None
+    return quantizer.fake_quantize(x, qparams, _seed_for(x, mode, seed, generator))
 
 
 def quantize_at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
@@ -90,6 +89,7 @@ def quantize_at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_
     """
     if site is None:
         return x
+    _check_floating(x, "fake_quantize")
     if scale is None and site.needs_scale:
         raise ValueError(f"the scale of {site.format.name} is {site.scale} here, and there is none")
     axis = site.granularity.axis
@@ -99,15 +99,15 @@ def quantize_at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_
         shape = [1] * x.dim()
         shape[axis] = -1
         scale, zero_point = scale.view(shape), None if zero_point is None else zero_point.view(shape)
-    return fake_quantize(
-        x,
+    quantizer = quantizer_for(
         site.format,
-        rounding=site.rounding,
-        granularity=site.granularity,
-        scale="absmax" if scale is None and site.scale == "dynamic" else scale,
-        zero_point=zero_point,
+        site.rounding,
+        site.granularity,
+        is_dynamic=scale is None and (site.scale or site.format.default_scale) is not None,
         clip_grad=site.clip_grad or site.scale == "learned",
     )
+    qparams = None if scale is None else (scale, zero_point)
+    return quantizer.fake_quantize(x, qparams, _seed_for(x, site.rounding, None, None))
 
 
 def absmax_quantize(x: Tensor, bits: int = 8, *, dim: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:

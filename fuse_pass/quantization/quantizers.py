@@ -41,6 +41,8 @@ class Quantizer(Generic[FormatT]):
     Args:
         format: to whose numbers.
         rounding: name of the rounding mode.
+        granularity: which elements share a scale.
+        is_dynamic: whether scales are taken from each tensor.
         overflow: of floating point: "ieee" or "saturate". None: "saturate", but without a scale "ieee" for a format
             with infinities. All other formats saturate.
         clip_grad: whether the gradient is 0 where x lies beyond the range of the format.
@@ -48,8 +50,29 @@ class Quantizer(Generic[FormatT]):
 
     format: FormatT
     rounding: str
+    granularity: Granularity = Granularity()  # noqa: RUF009  # frozen
+    is_dynamic: bool = False
     overflow: str | None = None
     clip_grad: bool = False
+
+    def fake_quantize(self, x: Tensor, qparams: QParams | None = None, seed: Tensor | None = None) -> Tensor:
+        """x rounded: with the scales that are given, with those of x if `is_dynamic`, or without any.
+
+        Args:
+            x: `[...]`.
+            qparams: scales and zero points, of the shape that `Granularity` tells.
+            seed: 0-d int64, for the stochastic modes.
+        """
+        if qparams is None and not self.is_dynamic:
+            return self.rounded(x, None, seed)
+        if x.numel() == 0:
+            return x.clone()
+        size, dims = self.granularity.size, self.granularity.shared_dims(x.dim())
+
+        def scaled(x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+            return self.rounded(x, self.dynamic_qparams(x, dims) if qparams is None else qparams, seed)
+
+        return scaled(x, qparams, seed) if size is None else _by_groups(scaled, x, size, qparams, seed)
 
     def dynamic_qparams(self, x: Tensor, dims: tuple[int, ...]) -> QParams:
         """Scale and zero point from x, those of elements that differ along `dims` alone together."""
@@ -60,54 +83,26 @@ class Quantizer(Generic[FormatT]):
         magnitude = wide.abs()
         return self.format.scale_for(magnitude.amax(dims, keepdim=True) if dims else magnitude), None
 
-    def fake_quantize(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
-        """x rounded.
-
-        Args:
-            x: `[...]`.
-            qparams: scale and zero point, broadcast to x; None for a format that means numbers without.
-            seed: 0-d int64, for the stochastic modes.
-        """
+    def rounded(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+        """x rounded, with scale and zero point that broadcast to x or without; what sets the kinds apart."""
         raise NotImplementedError
-
-    def fake_quantize_scaled(
-        self, x: Tensor, granularity: Granularity, qparams: QParams | None, seed: Tensor | None
-    ) -> Tensor:
-        """x rounded with scales that elements share as `granularity` tells.
-
-        Args:
-            x: `[...]`.
-            granularity: which elements share a scale.
-            qparams: scales and zero points, of the shape that `Granularity` tells; None: from x.
-            seed: 0-d int64, for the stochastic modes.
-        """
-        if x.numel() == 0:
-            return x.clone()
-        dims = granularity.shared_dims(x.dim())
-
-        def rounded(x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
-            return self.fake_quantize(x, self.dynamic_qparams(x, dims) if qparams is None else qparams, seed)
-
-        if granularity.size is None:
-            return rounded(x, qparams, seed)
-        return _by_groups(rounded, x, granularity.size, qparams, seed)
 
 
 class FloatQuantizer(Quantizer[FloatFormat]):
     """Floating point; with a scale, that is the real value of 1."""
 
-    def fake_quantize(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+    def rounded(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
         if qparams is None:
             overflow = self.overflow or ("ieee" if self.format.has_inf else "saturate")
-            return self._rounded(x, overflow, self.clip_grad, seed)
+            return self._by_op(x, overflow, self.clip_grad, seed)
         wide = core.compute_carrier(x.dtype).dtype
         step = qparams[0].detach().to(wide)
         ratio = x.detach().to(wide) / step
-        y = self._rounded(ratio, self.overflow or "saturate", False, seed)
+        y = self._by_op(ratio, self.overflow or "saturate", False, seed)
         clipped, limit = ratio if self.clip_grad else None, self.format.max
         return torch.ops.fuse_pass.straight_through(x, (y * step).to(x.dtype), clipped, -limit, limit)  # type: ignore[no-any-return]
 
-    def _rounded(self, x: Tensor, overflow: str, clip_grad: bool, seed: Tensor | None) -> Tensor:
+    def _by_op(self, x: Tensor, overflow: str, clip_grad: bool, seed: Tensor | None) -> Tensor:
         fmt = self.format
         how = (fmt.exp_bits, fmt.sig_bits, fmt.bias, fmt.encoding, self.rounding, fmt.subnormal, overflow)
         return torch.ops.fuse_pass.fake_quantize(x, seed, *how, clip_grad)  # type: ignore[no-any-return]
@@ -116,7 +111,7 @@ class FloatQuantizer(Quantizer[FloatFormat]):
 class IntQuantizer(Quantizer[IntFormat]):
     """Integers times a scale, which has a gradient."""
 
-    def fake_quantize(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+    def rounded(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
         assert qparams is not None
         fmt = self.format
         return torch.ops.fuse_pass.fake_quantize_int(  # type: ignore[no-any-return]
@@ -127,7 +122,7 @@ class IntQuantizer(Quantizer[IntFormat]):
 class FixedQuantizer(Quantizer[FixedFormat]):
     """Fixed point: integers times the quantum."""
 
-    def fake_quantize(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+    def rounded(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
         fmt = self.format
         step = torch.full((), fmt.quantum, dtype=core.compute_carrier(x.dtype).dtype, device=x.device)
         low, high = (_held(int(end / fmt.quantum), x.dtype) for end in (fmt.min, fmt.max))
@@ -144,12 +139,12 @@ def _held(number: int, dtype: torch.dtype) -> int:
 class BlockQuantizer(Quantizer[BlockFormat]):
     """Blocks of neighbours along the last dimension, which share a power of two."""
 
-    def fake_quantize(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+    def rounded(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
         if x.numel() == 0:
             return x.clone()
-        return _by_groups(lambda blocks, _, seed: self._rounded(blocks, seed), x, self.format.block_size, None, seed)
+        return _by_groups(lambda blocks, _, seed: self._by_block(blocks, seed), x, self.format.block_size, None, seed)
 
-    def _rounded(self, x: Tensor, seed: Tensor | None) -> Tensor:
+    def _by_block(self, x: Tensor, seed: Tensor | None) -> Tensor:
         """`x [..., blocks, elements]`."""
         fmt, carrier = self.format, core.compute_carrier(x.dtype)
         blocks = x.detach().to(carrier.dtype)
@@ -165,7 +160,7 @@ class BlockQuantizer(Quantizer[BlockFormat]):
         if self.rounding in ("plus_inf", "minus_inf", "odd"):  # what vanished in the product goes to its neighbour
             vanished = (ratio == 0) & (blocks != 0)
             ratio = torch.where(vanished, blocks.sign() * torch.finfo(carrier.dtype).tiny, ratio)
-        element = quantizer_for(fmt.element, self.rounding, "saturate").fake_quantize(ratio, None, seed)
+        element = quantizer_for(fmt.element, self.rounding, overflow="saturate").rounded(ratio, None, seed)
         return torch.ops.fuse_pass.straight_through(x, (element * up * up_again).to(x.dtype))  # type: ignore[no-any-return]
 
 
@@ -216,14 +211,20 @@ QUANTIZERS: dict[type[Format], type[Quantizer[Any]]] = {
 
 
 def quantizer_for(
-    fmt: Format, rounding: str, overflow: str | None = None, *, clip_grad: bool = False
+    fmt: Format,
+    rounding: str,
+    granularity: Granularity = Granularity(),  # noqa: B008  # frozen
+    *,
+    is_dynamic: bool = False,
+    overflow: str | None = None,
+    clip_grad: bool = False,
 ) -> Quantizer[Any]:
-    """The quantizer of a format; see `Quantizer` for the arguments.
+    """The quantizer of a format; see `Quantizer` for the arguments. Dynamic scales clip nothing.
 
     Raises:
         TypeError: a kind of format that is not in `QUANTIZERS`.
     """
     for kind in type(fmt).__mro__:
         if kind in QUANTIZERS:
-            return QUANTIZERS[kind](fmt, rounding, overflow, clip_grad)
+            return QUANTIZERS[kind](fmt, rounding, granularity, is_dynamic, overflow, clip_grad and not is_dynamic)
     raise TypeError(f"no quantizer for a {type(fmt).__name__}; expected one for it in quantizers.QUANTIZERS")

@@ -74,7 +74,7 @@ class PowersOfTwo(Format):
 
 
 class PowersOfTwoQuantizer(Quantizer[PowersOfTwo]):
-    def fake_quantize(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
+    def rounded(self, x: Tensor, qparams: QParams | None, seed: Tensor | None) -> Tensor:
         limit = self.format.range
         y = x.sign() * torch.exp2(torch.log2(x.detach().abs()).round().clamp(-limit, limit))
         return torch.ops.fuse_pass.straight_through(x, y.detach())
