@@ -8,8 +8,9 @@ import torch
 
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.inductor import compat
+from fuse_pass.numerics.formats import IntFormat
 
-QMAX = 127
+QMAX = IntFormat(8).quant_max
 # The largest inner sizes at which no sum of products of int8 values (2^14 at most) leaves what float32 and int32 hold.
 MAX_EXACT_FLOAT32 = 2**24 // 2**14
 MAX_EXACT_INT32 = (2**31 - 1) // 2**14

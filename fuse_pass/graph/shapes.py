@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fuse_pass.inductor import compiler, private
+from fuse_pass.inductor import compat, compiler, private
+
+_UNKNOWN_STRIDE = 8192  # one that depends on data: a number as good as any
 
 
 def value_of(node: Any) -> torch.Tensor | None:
@@ -59,7 +61,12 @@ def is_contiguous(value: torch.Tensor) -> bool:
 
 def memory_order(value: torch.Tensor) -> list[int]:
     """The dimensions of a tensor, from the one with the longest steps in memory to the one with the shortest."""
-    return sorted(range(value.dim()), key=lambda dim: size_hint(value.stride(dim)), reverse=True)
+
+    def step(dim: int) -> int:
+        hint = compat.size_hint(value.stride(dim))
+        return _UNKNOWN_STRIDE if hint is None else hint
+
+    return sorted(range(value.dim()), key=step, reverse=True)
 
 
 def is_permuted_contiguous(value: torch.Tensor) -> bool:
@@ -73,13 +80,6 @@ def _same_strides(shape: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> b
     if any(same_size(size, 0) for size in shape):
         return True
     return all(same_size(size, 1) or same_size(x, y) for size, x, y in zip(shape, a, b, strict=True))
-
-
-def size_hint(size: Any) -> int:
-    """The size in the call for which the graph was captured; for one that depends on data, a number as good as any."""
-    if isinstance(size, int):
-        return size
-    return 8192 if size.node.hint is None else int(size.node.hint)
 
 
 def keeps_rows(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuse_pass.numerics.formats import IntFormat
 from fuse_pass.numerics.tensors import accumulation_dtype
 
-LEVELS = 127
+LEVELS = IntFormat(8).quant_max
 _SMALLEST_NEGATIVE = -(2**31) + 1  # float32 −2^-149, as the integer of its bits
 
 

@@ -35,7 +35,8 @@ from fuse_pass.numerics.bit_codes import (
 )
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.arguments import Size
-from fuse_pass.ops.fused_op import FusedOp, Gradients, register
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
+from fuse_pass.ops.straight_through import straight_through
 
 
 def _integer_product(x_codes: Tensor, codes: Tensor) -> Tensor:
@@ -201,33 +202,18 @@ def _input_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return product(grad * per_row(scale, codes.shape[0]), codes.t().to(grad.dtype))
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The value of one tensor with the gradient of another, in every transform of torch.func."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, quantized: Tensor) -> Tensor:
-        return quantized.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Nothing is needed for backward."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+_straight_through = under_transforms(straight_through)  # layers run this under torch.func, where their own op cannot
 
 
 def straight_through_weight(weight: Tensor, groups: int, variant: str) -> Tensor:
     """Ŵ with dŴ/dW = 1."""
-    return _StraightThrough.apply(weight, dequantized_weight(weight.detach(), groups, variant))  # type: ignore[no-any-return]
+    return _straight_through(weight, dequantized_weight(weight.detach(), groups, variant), None, 0.0, 0.0)  # type: ignore[no-any-return]
 
 
 def straight_through_activations(x: Tensor, variant: str) -> Tensor:
     """x̂ `[..., in]` with dx̂/dx = 1."""
     quantized = dequantized_activations(rows_of(x.detach()), variant).view(x.shape)
-    return _StraightThrough.apply(x, quantized.to(x.dtype))  # type: ignore[no-any-return]
+    return _straight_through(x, quantized.to(x.dtype), None, 0.0, 0.0)  # type: ignore[no-any-return]
 
 
 def bit_linear_formula(x: Tensor, weight: Tensor, bias: Tensor | None, variant: str) -> Tensor:

@@ -35,6 +35,7 @@ from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
 from fuse_pass.ops.library import cast_for_autocast
+from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.products import int8_product
 
 
@@ -92,7 +93,7 @@ def llm_int8_linear(
             f"llm_int8_linear: expected a floating-point x [..., {weight.shape[1]}] on the weight's device "
             f"{weight.device}, got {x.dtype} {list(x.shape)} on {x.device}"
         )
-    op = _under_transforms if _is_transformed(x, weight, bias) else _linear_op
+    op = _under_transforms if are_transformed(x, weight, bias) else _linear_op
     return op(x, weight, scale, bias, threshold, activation)  # type: ignore[no-any-return]
 
 
@@ -209,9 +210,3 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
 
 _linear_op = register("llm_int8_linear", LlmInt8Linear, LlmInt8LinearGradients)
 _under_transforms = under_transforms(_linear_op)
-
-
-def _is_transformed(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return any(tensor is not None and private.is_transformed(tensor) for tensor in tensors)

@@ -25,14 +25,15 @@ def are_plain(*tensors: Tensor | None) -> bool:
         and tensor.is_floating_point()
         and tensor.layout is torch.strided
         and tensor.device == present[0].device
-        and not _is_transformed(tensor)
         for tensor in present
-    )
+    ) and not are_transformed(*present)
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether torch.func.vmap, grad or their like wrap the tensor."""
-    return not torch.compiler.is_compiling() and private.is_transformed(tensor)
+def are_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func.vmap, grad or their like wrap any of them, in eager mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and private.is_transformed(tensor) for tensor in tensors)
 
 
 def records_gradient(*tensors: Tensor | None) -> bool:
