@@ -13,6 +13,8 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.product import pays
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
@@ -150,8 +152,10 @@ class FuseBackend:
         return None if quantize is None else functools.partial(QuantizedCall, spec_of(quantize))
 
     @collector_paused()
-    def rewrite(self, gm: GraphModule, *, own_random_numbers: bool = True) -> tuple[GraphModule, Report]:
-        """Applies the patterns to a copy of a Dynamo graph, sub-graphs included.
+    def rewrite(
+        self, gm: GraphModule, *, own_random_numbers: bool = True, pays: Callable[[GemmProblem], bool] = pays
+    ) -> tuple[GraphModule, Report]:
+        """Applies the patterns to a copy of a Dynamo graph, sub-graphs included; `pays` is the cost model of products.
 
         Returns the copy and the report, or `gm` itself where nothing matched or a pass failed.
         """
@@ -168,7 +172,7 @@ class FuseBackend:
             for name, run in self._passes():
                 step = f"pattern {name}"
                 for graph, body_of, autocast in graphs:
-                    report.extend(run(graph, Situation(own_random_numbers, body_of, autocast, kept_input)))
+                    report.extend(run(graph, Situation(own_random_numbers, body_of, autocast, kept_input, pays)))
                 require_same_outputs(gm, fused)
                 if name == fake_quant.NAME and report.matches:
                     fallback, known = _recompiled(copy_graph_module(fused)), copy.deepcopy(report)

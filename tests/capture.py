@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,30 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fuse_pass.backend import FuseBackend
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.product import pays
 from fuse_pass.report import Report
+
+CostModel = Callable[[GemmProblem], bool]
+_cost_model: ContextVar[CostModel] = ContextVar("cost_model", default=pays)
+
+
+def everything_pays(problem: GemmProblem) -> bool:
+    return True
+
+
+def nothing_pays(problem: GemmProblem) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def costs(cost_model: CostModel) -> Iterator[None]:
+    """Which products are worth replacing in what is captured inside, instead of what this machine has measured."""
+    token = _cost_model.set(cost_model)
+    try:
+        yield
+    finally:
+        _cost_model.reset(token)
 
 
 @dataclass
@@ -47,10 +72,11 @@ def capture(
 ) -> Captured:
     """Compiles `function` (or a module) with a backend that only rewrites, and calls it once. Failures raise."""
     found = Captured()
+    cost_model = _cost_model.get()
     chosen = backend or FuseBackend(strict=True)
 
     def rewrite_only(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        fused, report = chosen.rewrite(gm, own_random_numbers=own_random_numbers)
+        fused, report = chosen.rewrite(gm, own_random_numbers=own_random_numbers, pays=cost_model)
         found.originals.append(gm)
         found.rewritten.append(fused)
         found.report.extend(report)

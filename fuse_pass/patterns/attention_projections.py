@@ -40,7 +40,7 @@ def open_where_it_pays(graph: Graph, situation: Situation) -> Report:
         given = _arguments(node)
         problem = _problem(view, node, given)
         if problem is None:
-            _open(editor, node, given)
+            _open(editor, node, given, situation)
         else:
             report.declines.append(decline_of(dense.PATTERN.name, frozenset((node,)), node, problem))
     return report
@@ -70,7 +70,7 @@ def _problem(view: GraphView, node: Node, given: dict[str, Any]) -> Problem | No
     return None
 
 
-def _open(editor: Editor, node: Node, given: dict[str, Any]) -> None:
+def _open(editor: Editor, node: Node, given: dict[str, Any], situation: Situation) -> None:
     tensors = list(dict.fromkeys(argument for argument in given.values() if isinstance(argument, Node)))
 
     def call(*values: Tensor) -> Any:
@@ -78,7 +78,7 @@ def _open(editor: Editor, node: Node, given: dict[str, Any]) -> None:
 
     with editor.before(node):
         traced = editor.trace(call, *tensors, pre_dispatch=True)
-        if not any(dense.is_candidate(layer) for layer in GraphView(traced).linears.values()):
+        if not any(dense.is_candidate(layer, situation) for layer in GraphView(traced).linears.values()):
             return
         last = node.prev
         results = editor.inline(traced, *tensors)

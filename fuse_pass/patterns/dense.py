@@ -20,7 +20,6 @@ from typing import Any
 from torch.fx import Node
 
 from fuse_pass.gemm.problem import GemmProblem
-from fuse_pass.gemm.product import pays
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import same_shape, value_of
@@ -30,7 +29,7 @@ from fuse_pass.numerics.tensors import is_column_major
 from fuse_pass.ops.dense import Dense, DenseAct
 from fuse_pass.patterns.activation_forms import FoundActivation, activation_at
 from fuse_pass.patterns.linear_chain import weight_of
-from fuse_pass.patterns.pattern import Candidate, Pattern, insert, tensor
+from fuse_pass.patterns.pattern import Candidate, Pattern, Situation, insert, tensor
 from fuse_pass.patterns.spellings.dense import CORPUS
 from fuse_pass.report import Reason
 
@@ -40,20 +39,20 @@ class PlainDense(Candidate[Dense]):
     layer: Linear
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[PlainDense]:
+def find(view: GraphView, taken: Set[Node], situation: Situation) -> Iterator[PlainDense]:
     for layer in view.linears.values():
-        if is_candidate(layer):
+        if is_candidate(layer, situation):
             activation = _activation_after(view, layer)
-            if activation is not None and is_candidate(layer, act=activation.name):
+            if activation is not None and is_candidate(layer, situation, act=activation.name):
                 yield _found(layer, activation)
             else:
                 yield _found(layer, None)
 
 
-def is_candidate(layer: Linear, *, act: str = "") -> bool:
+def is_candidate(layer: Linear, situation: Situation, *, act: str = "") -> bool:
     """Whether a Linear, with an activation after it or without, is faster as ours."""
     problem = _problem(layer, act)
-    return problem is not None and pays(problem)
+    return problem is not None and situation.pays(problem)
 
 
 def _problem(layer: Linear, act: str) -> GemmProblem | None:

@@ -42,6 +42,7 @@ from fuse_pass.patterns.pattern import (
     Candidate,
     NearMiss,
     Pattern,
+    Situation,
     drops,
     hidden_in_encoder_layers,
     insert,
@@ -77,7 +78,7 @@ class Block(Candidate[DenseActDense | ActDense]):
         return self.turned is None and self.first.features != self.second.features
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[Block | NearMiss]:
+def find(view: GraphView, taken: Set[Node], situation: Situation) -> Iterator[Block | NearMiss]:
     explained: set[Node] = set()
     layers = {**expert_layers(view), **pointwise_layers(view), **view.linears}
     for second in sorted(layers.values(), key=lambda layer: view.position[layer.node]):

@@ -35,6 +35,7 @@ from fuse_pass.patterns.pattern import (
     Candidate,
     NearMiss,
     Pattern,
+    Situation,
     drops,
     hidden_in_encoder_layers,
     insert,
@@ -59,7 +60,7 @@ class FusedNorm(Candidate[DropoutNorm]):
         return self.path.of_kind("reshape", *MOVING)
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[FusedNorm | NearMiss]:
+def find(view: GraphView, taken: Set[Node], situation: Situation) -> Iterator[FusedNorm | NearMiss]:
     for norm in norms_of(view):
         # A norm that nobody reads will vanish; fused, it would keep the sum for a backward pass that never comes.
         found = _ending_in(view, norm, taken) if norm.node.users else None

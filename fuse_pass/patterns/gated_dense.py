@@ -33,7 +33,7 @@ from fuse_pass.ops.gated_dense import Gate, GatedDense
 from fuse_pass.patterns.activation_forms import activation_at
 from fuse_pass.patterns.channels import channels_back, channels_to_the_end, cost_of_layout
 from fuse_pass.patterns.linear_chain import problem_of_bias, problem_of_groups, weight_of
-from fuse_pass.patterns.pattern import Candidate, NearMiss, Pattern, drops, insert, node_of, tensor
+from fuse_pass.patterns.pattern import Candidate, NearMiss, Pattern, Situation, drops, insert, node_of, tensor
 from fuse_pass.patterns.projection import Projection, projection_at
 from fuse_pass.patterns.spellings.gated_dense import CORPUS
 from fuse_pass.patterns.trail import Trail
@@ -66,7 +66,7 @@ class _Product:
     problem: Problem | None = None
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[GatedBlock | NearMiss]:
+def find(view: GraphView, taken: Set[Node], situation: Situation) -> Iterator[GatedBlock | NearMiss]:
     layers = {**expert_layers(view), **pointwise_layers(view), **view.linears}
     for second in sorted(layers.values(), key=lambda layer: view.position[layer.node]):
         trail = Trail(view, second.input, second.nodes)

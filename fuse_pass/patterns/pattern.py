@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fuse_pass.gemm.problem import GemmProblem
+from fuse_pass.gemm.product import pays
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import Editor
 from fuse_pass.graph.safety import Problem, find_problem
@@ -37,12 +39,14 @@ class Situation:
         autocast: arguments of the autocast regions in which that body is called, outermost first.
         kept_input: name of an input that is written to and may be kept for backward all the same; empty if there is
             none.
+        pays: the cost model: whether anything is faster at a product than PyTorch's own choice.
     """
 
     own_random_numbers: bool = True
     body_of: str | None = None
     autocast: tuple[tuple[Any, ...], ...] = ()
     kept_input: str = ""
+    pays: Callable[[GemmProblem], bool] = pays
 
 
 Call = TypeVar("Call", bound=FusedOp)
@@ -88,14 +92,15 @@ class Pattern(Generic[Found]):
 
     Attributes:
         name: public name.
-        find: yields matches and near misses in graph order; told the nodes of the matches accepted so far.
+        find: yields matches and near misses in graph order; told the nodes of the matches accepted so far, and what
+            surrounds the graph.
         check: what else must hold, beyond `find_problem`.
         replace: puts one fused op in place of a match.
         corpus: the pattern as models write it.
     """
 
     name: str
-    find: Callable[[GraphView, Set[Node]], Iterator[Found | NearMiss]]
+    find: Callable[[GraphView, Set[Node], Situation], Iterator[Found | NearMiss]]
     check: Callable[[GraphView, Found], Problem | None]
     replace: Callable[[Editor, Found], None]
     corpus: Corpus = field(repr=False)
@@ -149,7 +154,7 @@ def apply(pattern: Pattern[Any], graph: Graph, situation: Situation, operations:
     report = Report()
     accepted: list[Candidate[Any]] = []
     taken: set[Node] = set()
-    for found in pattern.find(view, taken):
+    for found in pattern.find(view, taken, situation):
         match: Candidate[Any] | None = None if isinstance(found, NearMiss) else found
         problem = found.problem if match is None else _problem(pattern, view, match, situation, taken)
         if problem is not None:

@@ -29,10 +29,10 @@ from fuse_pass.ops.dense import Dense
 from fuse_pass.ops.fused_op import FusedOp, declaration_of
 from fuse_pass.ops.prepacked import DensePrepacked
 from fuse_pass.patterns import dense
-from fuse_pass.patterns.pattern import Candidate, Pattern, insert, tensor
+from fuse_pass.patterns.pattern import Candidate, Pattern, Situation, insert, tensor
 
 
-def find(view: GraphView, taken: Set[Node]) -> Iterator[Candidate[FusedOp]]:
+def find(view: GraphView, taken: Set[Node], situation: Situation) -> Iterator[Candidate[FusedOp]]:
     for node in view.nodes:
         y = value_of(node)
         call = None if y is None or y.requires_grad else _call_at(view, node)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from fuse_pass.patterns import dense
+from tests.capture import costs, everything_pays, nothing_pays
 
 
 @pytest.fixture(autouse=True)
-def every_linear_pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def costs_of_no_machine(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every one, where the pattern `dense` itself is asked; none, where the question is about another pattern."""
     callspec = getattr(request.node, "callspec", None)
     is_asked = callspec is not None and callspec.params.get("pattern") == dense.PATTERN.name
-    monkeypatch.setattr(dense, "pays", lambda problem: is_asked)
+    with costs(everything_pays if is_asked else nothing_pays):
+        yield

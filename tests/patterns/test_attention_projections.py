@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuse_pass.backend import FuseBackend
-from fuse_pass.patterns import dense
 from fuse_pass.report import Reason
-from tests.capture import Captured, capture
+from tests.capture import Captured, capture, costs, everything_pays, nothing_pays
 from tests.patterns.attention_forms import every_form
 from tests.patterns.truth import assert_fused_like_eager
 from tests.quantization.samples import Sample
 
 
 @pytest.fixture(autouse=True)
-def asked(every_linear_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda problem: True)
+def every_linear_pays(costs_of_no_machine: None) -> Iterator[None]:
+    with costs(everything_pays):
+        yield
 
 
 def calls_left(found: Captured) -> int:
@@ -61,18 +61,18 @@ def test_self_attention_keeps_its_one_merged_product(dynamic: bool) -> None:
     assert {match.variant for match in found.report.matches} == {"8 → 24", "8 → 8"}
 
 
-def test_what_does_not_pay_stays_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda problem: False)
+def test_what_does_not_pay_stays_one_call() -> None:
     layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 2, 8)
-    found = capture(lambda x: layer(x, x, x)[0], x)
+    with costs(nothing_pays):
+        found = capture(lambda x: layer(x, x, x)[0], x)
     assert found.rewritten[0] is found.originals[0]
     assert (found.report.matches, found.report.declines) == ([], [])
 
 
-def test_one_of_two_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda problem: problem.sizes[0] > 20)
+def test_one_of_two_pays() -> None:
     layer, short, long = nn.MultiheadAttention(8, 2), torch.randn(5, 2, 8), torch.randn(15, 2, 8)
-    found = capture(lambda a, b: layer(a, a, a)[0].sum() + layer(b, b, b)[0].sum(), short, long)
+    with costs(lambda problem: problem.sizes[0] > 20):
+        found = capture(lambda a, b: layer(a, a, a)[0].sum() + layer(b, b, b)[0].sum(), short, long)
     assert calls_left(found) == 1
     assert found.report.counts() == {"dense": 2}
 

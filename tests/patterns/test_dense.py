@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from fuse_pass.ops.dense import Dense
 from fuse_pass.patterns import dense, spellings
 from fuse_pass.patterns.pattern import Candidate, tensor
 from fuse_pass.report import Reason
-from tests.capture import Captured, capture
+from tests.capture import Captured, capture, costs, everything_pays, nothing_pays
 from tests.patterns.truth import assert_declines, assert_fused_like_eager
 
 example_inputs = spellings.dense.CORPUS.example_inputs
@@ -28,8 +28,9 @@ ops = torch.ops.fuse_pass
 
 
 @pytest.fixture(autouse=True)
-def asked(every_linear_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda problem: True)
+def every_linear_pays(costs_of_no_machine: None) -> Iterator[None]:
+    with costs(everything_pays):
+        yield
 
 
 def targets(found: Captured) -> list[Any]:
@@ -63,24 +64,22 @@ def test_it_takes_what_other_patterns_leave() -> None:
     assert capture(Block(), torch.randn(4, 8), backend=FuseBackend(["dense"])).report.counts() == {"dense": 4}
 
 
-def test_what_does_not_pay_is_neither_replaced_nor_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda problem: False)
-    found = capture(nn.Linear(8, 24), torch.randn(4, 8))
+def test_what_does_not_pay_is_neither_replaced_nor_reported() -> None:
+    with costs(nothing_pays):
+        found = capture(nn.Linear(8, 24), torch.randn(4, 8))
     assert found.rewritten[0] is found.originals[0]
     assert (found.report.matches, found.report.declines) == ([], [])
 
 
-def test_the_question_is_asked_with_the_sizes_and_dtype_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_question_is_asked_with_the_sizes_and_dtype_of_the_product() -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(
-        dense, "pays", lambda problem: bool(asked.append((problem.device, problem.dtype, problem.sizes)))
-    )
     layer, cpu = nn.Linear(8, 24), torch.device("cpu")
-    capture(layer, torch.randn(2, 5, 8))
-    capture(layer, torch.randn(8))
-    with torch.autocast("cpu", torch.bfloat16):
-        capture(layer, torch.randn(2, 8))
-    capture(lambda x, w: x @ w, torch.randn(3, 8), torch.randn(8, 7))
+    with costs(lambda problem: bool(asked.append((problem.device, problem.dtype, problem.sizes)))):
+        capture(layer, torch.randn(2, 5, 8))
+        capture(layer, torch.randn(8))
+        with torch.autocast("cpu", torch.bfloat16):
+            capture(layer, torch.randn(2, 8))
+        capture(lambda x, w: x @ w, torch.randn(3, 8), torch.randn(8, 7))
     assert asked == [
         (cpu, torch.float32, (10, 24, 8)),
         (cpu, torch.float32, (1, 24, 8)),
@@ -105,11 +104,11 @@ def test_small_thin_and_foreign_products_do_not_pay(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_table_decides_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", pays)
     model, x = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), nn.Linear(128, 4)), torch.randn(300, 128)
     for table, count in (({"float32": 1 << 22}, 1), ({"float32": 1 << 40}, 0), ({}, 0)):
         monkeypatch.setattr(measured, "table", lambda table=table: table)
-        assert capture(model, x).report.counts()["dense"] == count, table
+        with costs(pays):
+            assert capture(model, x).report.counts()["dense"] == count, table
 
 
 # --- with an activation -----------------------------------------------------------------------------------------------
@@ -143,9 +142,9 @@ def test_an_activation_that_is_not_alone_stays_outside(function: Callable[..., T
     assert ops.dense_act.default not in targets(found)
 
 
-def test_an_activation_that_does_not_pay_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "pays", lambda problem: not problem.activation)
-    found = in_inference(lambda x, w, b: F.relu(F.linear(x, w, b)), counts={"dense": 1})
+def test_an_activation_that_does_not_pay_stays_outside() -> None:
+    with costs(lambda problem: not problem.activation):
+        found = in_inference(lambda x, w, b: F.relu(F.linear(x, w, b)), counts={"dense": 1})
     assert ops.dense.default in targets(found)
 
 
@@ -189,15 +188,15 @@ def test_declines_are_reported_where_it_would_pay() -> None:
     assert_declines(function, example_inputs(rows=(2, 3)), Reason.FUNCTORCH, "batched_outputs")
 
 
-def test_one_linear_of_a_tensor_nested_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_linear_of_a_tensor_nested_on_the_way() -> None:
     """A size of its rows compares with no number."""
-    monkeypatch.setattr(dense, "pays", pays)
     x, w = torch.randn(6, 8), torch.randn(16, 8)
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         rows = torch.nested.nested_tensor_from_jagged(x, torch.arange(0, 7, 2))
         return F.linear(rows, w).values()  # type: ignore[no-any-return]
 
-    found = capture(function, x, w)
+    with costs(pays):
+        found = capture(function, x, w)
     assert found.report.counts() == {}
     assert torch.equal(found.output, F.linear(x, w))

@@ -18,7 +18,7 @@ from fuse_pass.gemm.providers import Packed
 from fuse_pass.inductor import compat
 from fuse_pass.ops.fused_op import declaration_of
 from fuse_pass.ops.prepacked import DensePrepacked
-from tests.capture import Captured, capture
+from tests.capture import Captured, capture, costs, everything_pays
 
 ops = torch.ops.fuse_pass
 
@@ -80,9 +80,9 @@ def test_layers_and_blocks_are_found(name: str) -> None:
         assert op is DensePrepacked or op.of_call(node.args, node.kwargs).named()["prepack"]
 
 
-def test_what_the_pattern_dense_has_replaced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_pass.patterns.dense, "pays", lambda problem: True)
-    captured = found(nn.Sequential(nn.Linear(8, 24), nn.Tanh()), torch.randn(4, 8))
+def test_what_the_pattern_dense_has_replaced_is_found() -> None:
+    with costs(everything_pays):
+        captured = found(nn.Sequential(nn.Linear(8, 24), nn.Tanh()), torch.randn(4, 8))
     assert captured.report.counts() == {"dense": 1, "prepack": 1}
     (call,) = [n for n in captured.rewritten[0].graph.nodes if n.target is ops.dense_prepacked.default]
     assert call.args[3:] == ("tanh",)
