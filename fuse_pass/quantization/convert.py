@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,10 +17,10 @@ from fuse_pass.quantization.layers import LAYER_FOR, QuantizedLayer
 from fuse_pass.quantization.layers.base import whole_weight
 from fuse_pass.quantization.layers.dropout import Dropping
 from fuse_pass.quantization.layers.int8_linear import HasInt8Weights, Int8Linear
+from fuse_pass.quantization.names import NameFilter, Names
 from fuse_pass.report import Decline, Match, Reason, Report, publish
 
 Spec = QuantSpec | Format | str
-Names = str | Iterable[str]
 LLM_INT8 = "llm_int8"
 # What PyTorch asks before it takes the fast path.
 _FAST_PATH_FLAGS = {
@@ -114,7 +114,7 @@ def _converted(module: nn.Module, name: str, chosen: _Choice, report: Report, tw
 
 def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> nn.Module:
     if chosen.to_float:
-        is_quantized = isinstance(module, QuantizedLayer) and chosen.allows(name)
+        is_quantized = isinstance(module, QuantizedLayer) and chosen.names.allows(name)
         return module.to_float() if is_quantized else module  # type: ignore[operator]
     if chosen.llm_int8:
         return _with_int8_weights(module, name, chosen, report)
@@ -140,7 +140,7 @@ def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> n
 def _with_int8_weights(module: nn.Module, name: str, chosen: _Choice, report: Report) -> nn.Module:
     if type(module) is not nn.Linear and not HasInt8Weights.is_own_class_of(module):
         return module
-    if not chosen.allows(name):
+    if not chosen.names.allows(name):
         return _declined(module, name, report, Reason.EXCLUDED, "the caller left it out")
     report.matches.append(Match("convert", LLM_INT8, name, "", ""))
     if isinstance(module, HasInt8Weights):
@@ -159,8 +159,7 @@ class _Choice:
     def __init__(self, spec: Any, include: Names | None, exclude: Names | None, *, learn_scales: bool = False) -> None:
         self.to_float = spec is None
         self.llm_int8 = isinstance(spec, str) and spec == LLM_INT8
-        self._include = None if include is None else _patterns("include", include)
-        self._exclude = () if exclude is None else _patterns("exclude", exclude)
+        self.names = NameFilter("convert", include, exclude)
         self._default: QuantSpec | None = None
         self._by_name: dict[str, QuantSpec | None] = {}
         self._by_type: dict[type, QuantSpec | None] = {}
@@ -187,15 +186,11 @@ class _Choice:
         else:
             raise TypeError(f"convert: expected layer types and names as keys of the mapping, got {key!r}")
 
-    def allows(self, name: str) -> bool:
-        included = self._include is None or any(fnmatchcase(name, pattern) for pattern in self._include)
-        return included and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
-
     def names_type_of(self, module: nn.Module) -> bool:
         return type(module) in self._by_type
 
     def spec_for(self, module: nn.Module, name: str) -> QuantSpec | None:
-        if not self.allows(name):
+        if not self.names.allows(name):
             return None
         spec = self._by_type.get(type(module), self._default)
         for pattern, by_name in self._by_name.items():
@@ -205,11 +200,7 @@ class _Choice:
         return _learning(spec, module) if self._learn_scales and spec is not None else spec
 
     def require_names_of(self, model: nn.Module) -> None:
-        """A pattern without any layer is a misspelt name."""
-        names = [name for name, _ in model.named_modules()]
-        for pattern in (*(self._include or ()), *self._exclude, *self._by_name):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"convert: no module's name matches {pattern!r}; names look like {_examples(names)}")
+        self.names.require_names_of(model, self._by_name)
 
 
 def _learning(spec: QuantSpec, module: nn.Module) -> QuantSpec:
@@ -221,15 +212,3 @@ def _learning(spec: QuantSpec, module: nn.Module) -> QuantSpec:
     weight = whole_weight(module, spec.weight)
     has_scales_to_learn = weight is not None and weight.dim() > 1
     return replace(spec, weight=replace(spec.weight, scale="learned")) if has_scales_to_learn else spec
-
-
-def _patterns(what: str, names: Names) -> tuple[str, ...]:
-    patterns = (names,) if isinstance(names, str) else tuple(names)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"convert: {what}: expected names or patterns, got {pattern!r}")
-    return patterns
-
-
-def _examples(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[1:4]) or "''"

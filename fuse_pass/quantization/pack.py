@@ -29,8 +29,9 @@ def pack(
     """Replaces Linear layers by ones that hold their weights in few bits and multiply by those; for inference.
 
     Layers that are quantised already, `BitLinear` and `Int8Linear`, are packed to what they compute, whatever the spec
-    says: the packed layer gives the same results. `nn.Linear` is replaced by exact type, where a spec is given. What
-    was packed and what was not, and why, goes to every open `fuse_pass.collect()`.
+    says: the packed layer gives the same results (of an `Int8Linear` those after `quantize_()`). `nn.Linear` is
+    replaced by exact type, where a spec is given. What was packed and what was not, and why, goes to every open
+    `fuse_pass.collect()`.
 
     A layer that is used in several places is replaced by one layer; one whose weight another layer uses too (tied
     embeddings) gets packed codes of its own, and the weight stays with the other.
