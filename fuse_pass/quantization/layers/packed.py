@@ -43,6 +43,8 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        # As the op takes them: Dynamo guards what it reads of a spec one by one, in every call.
+        self._settings = (spec.kind, spec.bits, out_features, spec.threshold)
         self.register_buffer("words", weight.words)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("shift", weight.shift)
@@ -80,9 +82,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Raises what `nn.Linear` raises for a wrong size or dtype."""
         self._check_input(x)
-        spec, weight = self.spec, (self.words, self.scale, self.shift, self.table)
-        settings = (spec.kind, spec.bits, self.out_features, spec.threshold)
-        return packed_dense(x, *weight, self.bias, *settings)  # type: ignore[no-any-return]
+        weight = (self.words, self.scale, self.shift, self.table)
+        return packed_dense(x, *weight, self.bias, *self._settings)  # type: ignore[no-any-return]
 
     def _check_input(self, x: Tensor) -> None:
         fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
