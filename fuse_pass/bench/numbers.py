@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from fuse_pass.backend import FuseBackend
 from fuse_pass.bench.contenders import Step, own_function, placed
+from fuse_pass.bench.models import mlp
 from fuse_pass.bench.rows import Row, bert
 from fuse_pass.commands import timing
 from fuse_pass.commands.named_models import Example
 from fuse_pass.quantization.functional import fake_quantize
+from fuse_pass.quantization.pack import pack
 
 # Not a power of two: with 4 × 2^20 elements input and output may lie 4 KiB apart, which costs some kernels half their
 # speed and others nothing.
@@ -84,6 +87,38 @@ def _training_step(backend: FuseBackend, device: str) -> Step:
     return Step(torch.compile(own_function(example.model), backend=backend), example, row)
 
 
+def _packed(spec: str, rows: int) -> Cost:
+    """An MLP 768 → 3072 → 768 with packed weights, against the same in eager float32."""
+
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        model, x = mlp(768, 3072).to(device).eval(), torch.randn(rows, 768, device=device)
+        ours = torch.compile(own_function(pack(model, spec)), backend=FuseBackend())
+        return _without_grad(ours, x), _without_grad(model, x)
+
+    return Cost(f"numbers/packed/{spec}/{rows}", "float32 eager", build)
+
+
+def _packed_against_torch_dynamic(rows: int) -> Cost:
+    """int8 on a CPU, against PyTorch's own dynamic quantisation, whose activations share one scale."""
+
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        model, x = mlp(768, 3072).eval(), torch.randn(rows, 768)
+        ours = torch.compile(own_function(pack(model, "int8")), backend=FuseBackend())
+        theirs = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        return _without_grad(ours, x), _without_grad(theirs, x)
+
+    return Cost(f"numbers/packed/int8/{rows}/torch_dynamic", "torch dynamic int8", build)
+
+
+def _without_grad(call: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return call(x)
+
+    return run
+
+
+_PACKED = ("int8", "int8_weight_only", "int4_weight_only", "b1.58")
 COSTS = (
     _alone("fp8_e4m3"),
     _alone("fp8_e5m2"),
@@ -93,4 +128,10 @@ COSTS = (
     _alone("mxfp4"),
     _against_pychop(),
     _training("fp8_e4m3"),
+    *(
+        _packed(spec, rows)
+        for spec in ("int8", "int8_weight_only", "int4_weight_only", "b1.58")
+        for rows in (1, 16, 512)
+    ),
+    *(_packed_against_torch_dynamic(rows) for rows in (1, 16, 512)),
 )
