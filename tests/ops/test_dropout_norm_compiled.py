@@ -70,6 +70,24 @@ def test_each_way_hashes_once() -> None:
     assert [code.count(f"({first})") for code in codes] == [1, 1]
 
 
+@pytest.mark.processor
+def test_columns_are_computed_each_way_and_loaded_as_they_are() -> None:
+    """Neither kept for backward, nor loaded as int32 with AVX2, where ATen writes a vector twice to load it."""
+
+    def function(values: dict[str, Any]) -> Tensor:
+        y: Tensor = F.layer_norm(F.dropout(values["x"], P) + values["residual"], (64,))
+        return y
+
+    values = example(9, 64, torch.float32)
+    with inductor_config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(lambda: run(torch.compile(function, backend=fuse_backend), values))
+    assert len(codes) == 2
+    by_way_of_a_buffer = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    for code in codes:
+        assert "Vectorized<int32_t>::arange(" in code
+        assert ("Vectorized<int32_t>::loadu(out_ptr" in code) != by_way_of_a_buffer
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_all_steps_on_a_row_share_one_loop(norm: str) -> None:
     """A loop of its own for each step would be a pass over memory each."""
