@@ -257,7 +257,7 @@ def test_processors_of_one_name_have_a_table_each(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, kind=kind: kind == "rich")
         monkeypatch.setattr(probe, "ask", ask)
         assert next_process() == found[kind]
-        assert chosen(torch.bfloat16, LARGE) == ("onednn" if kind == "rich" else "aten")
+        assert chosen(torch.bfloat16, LARGE) == ("onednn" if kind == "rich" else "via_float32")
     assert probed == ["rich"] * len(QUESTIONS) + ["poor"] * len(QUESTIONS)
 
 

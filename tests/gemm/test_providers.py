@@ -41,21 +41,36 @@ def chosen(dtype: torch.dtype, sizes: tuple[int | None, int | None, int | None],
     return best(GemmProblem(about.pop("device", CPU), dtype, sizes, in_graph=False, **about)).name
 
 
+def test_bfloat16_through_float32_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the weight is converted for a few rows, nor for a few numbers, nor where there is such arithmetic."""
+    monkeypatch.setattr(measured, "table", dict)
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: False)
+    few, many = (4, 768, 3072), (16, 768, 3072)
+    assert chosen(torch.bfloat16, few) == "aten"
+    assert chosen(torch.bfloat16, many) == "via_float32"
+    assert chosen(torch.bfloat16, UNKNOWN) == "via_float32"
+    assert chosen(torch.bfloat16, few, column_major=True) == "via_float32"
+    assert chosen(torch.bfloat16, few, both_transposed=True) == "via_float32"
+    assert chosen(torch.bfloat16, SMALL, both_transposed=True) == "aten"
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
+    assert chosen(torch.bfloat16, many) == "aten"
+
+
 def test_every_row_has_a_name_of_its_own() -> None:
     names = [provider.name for provider in PROVIDERS]
     assert len(set(names)) == len(names)
 
 
-def test_a_dtype_that_onednn_does_not_multiply_stays_with_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_that_onednn_does_not_multiply_is_not_sent_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the table says."""
     everything = {question.name: probe.MIN_FLOP for question in probe.QUESTIONS}
     monkeypatch.setattr(measured, "table", lambda: everything)
     constant = (16, 1024, 1024)
     for has in (True, False):
         monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype, has=has: has)
-        assert chosen(torch.bfloat16, LARGE) == ("onednn" if has else "aten")
-        assert chosen(torch.bfloat16, LARGE, activation="gelu") == ("onednn+activation" if has else "aten")
-        assert chosen(torch.bfloat16, constant, is_constant=True) == ("packed" if has else "aten")
+        assert chosen(torch.bfloat16, LARGE) == ("onednn" if has else "via_float32")
+        assert chosen(torch.bfloat16, LARGE, activation="gelu") == ("onednn+activation" if has else "via_float32")
+        assert chosen(torch.bfloat16, constant, is_constant=True) == ("packed" if has else "via_float32")
         assert chosen(torch.float32, LARGE) == "onednn"
     monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
     monkeypatch.setattr(onednn, "_failed", {torch.bfloat16, torch.float32})
@@ -87,6 +102,7 @@ def test_thin_products_stay_with_aten(asked: list[None]) -> None:
 
 
 def test_verdicts_are_per_dtype_and_epilogue(asked: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: True)
     assert chosen(torch.float32, LARGE, activation="gelu") == "onednn", "the activation by itself"
     for dtype in (torch.float64, torch.bfloat16):
         assert chosen(dtype, LARGE) == "aten"
