@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.graph.canonical import Operations
@@ -26,6 +27,8 @@ from fuse_pass.joint.masked_softmax import MaskedSoftmax
 from fuse_pass.joint.recompute import RecomputeTags
 from fuse_pass.numerics.formats import Format
 from fuse_pass.numerics.spec import QuantSpec, spec_of
+from fuse_pass.ops.fused_op import declaration_of
+from fuse_pass.ops.seed import is_draw
 from fuse_pass.options import Options, names
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, prepack
 from fuse_pass.patterns.fake_quantization import insert as fake_quant
@@ -123,7 +126,8 @@ class FuseBackend:
             fused = copy_graph_module(gm) if fused is gm else fused
             precompile.leave_out(fused)  # another process would run the graph without `counted`
         publish(report)
-        precompile.note(require_key, cache_key({}))
+        on_cpu = _computes_on_cpu(gm)
+        precompile.note(require_key, cache_key({}, on_cpu=on_cpu), on_cpu)
         compiler = compat.inductor_compiler(mode, inductor_options)
         passes = compat.joint_passes(inductor_options)
         compiler.config["joint_custom_post_pass"] = OnThisProcessor(passes)
@@ -131,11 +135,12 @@ class FuseBackend:
             compat.give_room_for_seeds(fused)
             masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
             compiler.config["joint_custom_post_pass"] = RecomputeTags(
-                cache_key(chosen.as_dict()),
+                cache_key(chosen.as_dict(), on_cpu=on_cpu),
                 (*passes, *masks),
                 memory=chosen.memory,
                 guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )
+            compiler.config.update(_settings_for_gpu(fused, inductor_options))
         with input_checks.left_to_guards():
             compiled: Callable[..., Any] = compiler(fused, example_inputs)
         return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))
@@ -249,14 +254,36 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return own, rest
 
 
+def _nodes(module: GraphModule) -> Iterator[Node]:
+    """Of every graph in a module."""
+    return (node for child in module.modules() if isinstance(child, GraphModule) for node in child.graph.nodes)
+
+
 def _calls_our_ops(module: GraphModule) -> bool:
     """Whether any graph calls an op of ours, put there by a pattern or by a module of `fuse_pass.nn`."""
     return any(
-        isinstance(node.target, private.OpOverload) and node.target.namespace == "fuse_pass"
-        for child in module.modules()
-        if isinstance(child, GraphModule)
-        for node in child.graph.nodes
+        isinstance(node.target, private.OpOverload) and node.target.namespace == "fuse_pass" for node in _nodes(module)
     )
+
+
+def _computes_on_cpu(module: GraphModule) -> bool:
+    """Whether any value of a graph is on a CPU, or none is known to be elsewhere."""
+    values = (value_of(node) for node in _nodes(module))
+    devices = {value.device.type for value in values if value is not None}
+    return not devices or "cpu" in devices
+
+
+def _settings_for_gpu(module: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What our ops ask of Inductor where it generates Triton code; empty where all of them are on a CPU."""
+    found: dict[str, Any] = {}
+    for node in _nodes(module):
+        op, results = declaration_of(node.target), node.meta.get("example_value")
+        on_gpu = any(isinstance(y, Tensor) and y.device.type != "cpu" for y in private.tree_leaves(results))
+        if on_gpu and is_draw(node.target):
+            found |= compat.room_for_masks(options)
+        if on_gpu and op is not None and op.exact_quotients:
+            found |= compat.EXACT_QUOTIENTS
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
+    "EXACT_QUOTIENTS",
     "LEAST_BUDGET",
     "STORED_ONCE",
     "RecompileLimitHit",
@@ -62,6 +64,9 @@ __all__ = [
     "onednn_version",
     "pack_onednn_weight",
     "register_decomposition",
+    "room_for_masks",
+    "rounds_quotients",
+    "seeds_of",
     "size_hint",
     "stance",
     "stored_once",
@@ -101,6 +106,8 @@ def never_merge(*ops: torch._ops.OpOverloadPacket) -> None:
     rand_ops.extend(op for op in ops if op not in rand_ops)
 
 
+# How many operations Inductor computes anew for each reader, before torch 2.13 by an explicit setting.
+_USUAL_OPERATIONS = 30
 # The partitioner takes a budget of 0 as "keep the inputs of the graph and nothing else", and asks for no tags.
 LEAST_BUDGET = 1e-9
 # `torch.autograd.graph.region_activation_memory_budget` notes here what overrides the setting; new in torch 2.13.
@@ -127,6 +134,12 @@ def memory_budget() -> float:
 def is_seed(node: Node) -> bool:
     """Whether Inductor has put this node in the place of a draw, its own ones included."""
     return node.target is torch.ops.prims.inductor_lookup_seed.default
+
+
+def seeds_of(seed: Node) -> Node:
+    """The draw of all seeds of a graph on one device, of which this is one."""
+    seeds: Node = seed.args[0]  # type: ignore[assignment]
+    return seeds
 
 
 def give_room_for_seeds(module: GraphModule) -> None:
@@ -274,6 +287,28 @@ def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], .
     if not passes:
         return ()
     return tuple(passes) if isinstance(passes, (list, tuple)) else (passes,)
+
+
+def room_for_masks(options: Mapping[str, Any]) -> dict[str, int]:
+    """The setting with which Inductor keeps the operations of a dropout mask inside of the kernel that reads it.
+
+    Its own limit is 30 operations in a value with several readers, and is passed in the middle of the hash. The rest of
+    the hash would then be read from memory: an int32 for each element, written by a kernel of its own. Empty where the
+    user has chosen a limit.
+    """
+    name = "realize_opcount_threshold"
+    is_chosen = _option(options, name) not in (None, _USUAL_OPERATIONS)
+    return {} if is_chosen else {name: 2 * _USUAL_OPERATIONS}
+
+
+# Settings with which Triton divides as IEEE 754 says, as eager PyTorch does.
+EXACT_QUOTIENTS: Mapping[str, bool] = MappingProxyType({"eager_numerics.division_rounding": True})
+
+
+def rounds_quotients() -> bool:
+    """Whether float32 quotients on a GPU are those of IEEE 754 in what runs, or is compiled, now."""
+    rounds: bool = inductor_config.eager_numerics.division_rounding
+    return rounds or not is_compiling()
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:

@@ -31,7 +31,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "AUTOCAST_ENTER",
@@ -69,6 +69,7 @@ __all__ = [
     "register_graph_pattern",
     "share_source",
     "statically_known_true",
+    "tree_leaves",
     "tree_map",
     "uncompiled",
     "unsafe_view",

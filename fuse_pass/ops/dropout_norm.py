@@ -127,10 +127,13 @@ def _share(total: Tensor, size: Any, of: float = 1.0) -> Tensor:
 def _statistics(mean: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     """Mean and rstd for backward, `[2, *variance.shape]`.
 
-    One tensor of two rows, which Inductor computes in a loop of its own. Two tensors with an element per row would be
-    computed between the steps on z, each of which would then be a pass over memory (3.8 against 3.2 ms, 8192x768).
+    One tensor of two rows, which Inductor computes for a CPU in a loop of its own. Two tensors with an element per row
+    would be computed between the steps on z, each of which would then be a pass over memory (3.8 against 3.2 ms,
+    8192x768). On a GPU a loop of its own is another launch, and the kernel that reduces a row writes its two elements.
     """
     rstd = torch.rsqrt(variance + eps)
+    if rstd.device.type != "cpu":
+        return torch.stack((torch.zeros_like(rstd) if mean is None else mean, rstd))
     is_mean = torch.arange(2, device=rstd.device).view(2, *(1,) * rstd.dim()) == 0
     return torch.where(is_mean, torch.zeros_like(rstd) if mean is None else mean, rstd)
 
@@ -158,8 +161,8 @@ class DropoutNorm(FusedOp):
         z = settings.added(settings.dropped(x), self.residual)
         if _is_empty(z):
             return self._of_nothing(z)
-        if settings.seed is not None and 0 < settings.p < 1 and z.device.type == "cpu":
-            # Inductor makes three loops for a CPU, each of which would hash anew (0.33 against 0.17 ms, 512x768).
+        if settings.seed is not None and 0 < settings.p < 1:
+            # Inductor makes several loops, each of which would hash anew (0.33 against 0.17 ms, 512x768 on a CPU).
             # Without dropout z is cheaper to add up again than to store, should nobody else want it.
             z = compat.stored_once(z)
         y, statistics = settings.normalised(quantize_packed(z, settings.sum_format), self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""The generated kernels, run on a CPU by Triton's interpreter: results and gradients against float64, bits where promised."""
+"""The generated kernels, run by Triton's interpreter: results and gradients against float64, bits where promised."""
 
 from __future__ import annotations
 

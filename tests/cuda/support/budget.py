@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 from fuse_pass import FuseBackend
-from fuse_pass.gemm import choice
+from fuse_pass.gemm import measured
 from tests.cuda.support.capture import capture
 from tests.cuda.support.cases import CASES, LARGE, Case
 from tests.cuda.support.traffic import Traffic, traffic_of
@@ -22,7 +22,7 @@ def check(name: str) -> dict[str, Any]:
 
 
 def _measured(case: Case, backend: Any) -> dict[str, Any]:
-    with mock.patch.object(choice, "table", wraps=choice.table) as probe:
+    with mock.patch.object(measured, "table", wraps=measured.table) as probe:
         sources = capture(lambda: case.build(LARGE), backend, train=case.train, autocast=case.autocast)
     forward = sum(map(traffic_of, sources.forward), Traffic())
     backward = sum(map(traffic_of, sources.backward), Traffic())

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fuse_pass
@@ -155,7 +154,9 @@ def _gpt2(sizes: Sizes) -> nn.Module:
 
 
 def _llama(sizes: Sizes) -> nn.Module:
-    config = llama.LlamaConfig(dim=sizes.dim, hidden=sizes.gated_hidden, heads=2 * sizes.heads, kv_heads=2 * sizes.heads)
+    config = llama.LlamaConfig(
+        dim=sizes.dim, hidden=sizes.gated_hidden, heads=2 * sizes.heads, kv_heads=2 * sizes.heads
+    )
     return llama.Block(config)
 
 

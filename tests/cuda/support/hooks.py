@@ -15,7 +15,8 @@ SOURCE = Path(__file__).with_name("hooks.cpp")
 def torch_folder() -> Path:
     """Where the package is, without importing it."""
     found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
+    assert found is not None
+    assert found.origin is not None
     return Path(found.origin).parent
 
 

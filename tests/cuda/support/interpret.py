@@ -89,9 +89,7 @@ def _leaves(function: Any, args: Sequence[Any]) -> list[Tensor]:
 
 def _in_float64(function: Any, args: Sequence[Any]) -> tuple[Any, list[Any]]:
     exact = copy.deepcopy(function).double() if isinstance(function, nn.Module) else function
-    wide = [
-        arg.detach().double().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args
-    ]
+    wide = [arg.detach().double().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args]
     return exact, wide
 
 
@@ -136,7 +134,7 @@ def _our_masks(seeds: list[Tensor]) -> Iterator[None]:
 
     with (
         mock.patch.object(torch.nn.functional, "dropout", dropout),
-        mock.patch.object(compat, "inductor_seed", lambda device: next(left)),
+        mock.patch.object(compat, "inductor_seed", side_effect=lambda device: next(left)),
     ):
         yield
     assert next(left, None) is None, "the graph draws more seeds than the model asks for"

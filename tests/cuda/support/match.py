@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fuse_pass import FuseBackend
-from fuse_pass.gemm import choice
+from fuse_pass.gemm import measured
 from fuse_pass.inductor import compat
 from fuse_pass.patterns import PATTERNS
 from fuse_pass.report import Report
 from tests.cuda.support import device
 
 AUTOCAST = {"": None, " autocast bf16": torch.bfloat16, " autocast fp16": torch.float16}
-_OF_THE_CPU = ((choice, "table"), (compat, "has_fast_cpu_dtype"), (compat, "has_vector_loops"))
+_OF_THE_CPU = ((measured, "table"), (compat, "has_fast_cpu_dtype"), (compat, "has_vector_loops"))
 
 
 class _Found(Exception):  # noqa: N818 - no error
@@ -26,7 +26,7 @@ class _Found(Exception):  # noqa: N818 - no error
 
 
 def check(name: str) -> dict[str, Any]:
-    """For `PATTERN[ autocast DTYPE]`: what each spelling is counted as, and how often each probe of the CPU is asked."""
+    """For `PATTERN[ autocast DTYPE]`: what each spelling is counted as, and how often probes of the CPU are asked."""
     pattern = next(pattern for pattern in PATTERNS if pattern.name == name.partition(" ")[0])
     region = AUTOCAST[name.removeprefix(pattern.name)]
     with contextlib.ExitStack() as stack:
