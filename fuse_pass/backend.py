@@ -71,6 +71,7 @@ class FuseBackend:
             8 tokens take 1 / 1.3 of the time in float32 and 1 / 1.2 in bfloat16, 64 tokens 1 / 1.1 in both. A
             weight that is changed in place, loaded or replaced is packed again. Do not use it if a few elements of
             a weight are written through `.data`, NumPy or another process, which PyTorch does not count as a change.
+            On other devices it does nothing, and a warning says so.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
 
     Raises:
@@ -175,6 +176,8 @@ class FuseBackend:
                     fallback, known = _recompiled(copy_graph_module(fused)), copy.deepcopy(report)
             if is_piece_for_ddp(gm):
                 _name_cuts(report, gm.graph)
+            if self.options.prepack and not _computes_on_cpu(gm):
+                report.notes.append(_prepack_does_nothing())
             step = "generating code"
             return (_recompiled(fused), report) if report.matches else (gm, report)
         except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
@@ -200,6 +203,13 @@ class FuseBackend:
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name], operations=operations)
         if self.options.prepack:
             yield prepack.PATTERN.name, functools.partial(apply, prepack.PATTERN, operations=operations)
+
+
+def _prepack_does_nothing() -> Note:
+    """Says so of a graph that computes nothing on a CPU, in a warning too: who asked for it waits for a gain."""
+    detail = "prepack=True does nothing here: weights are packed for oneDNN, which computes on a CPU."
+    warnings.warn(f"fuse_pass: {detail}", RuntimeWarning, stacklevel=2)
+    return Note(Reason.COST, detail)
 
 
 def _name_cuts(report: Report, graph: Graph) -> None:
