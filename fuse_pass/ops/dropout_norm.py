@@ -133,7 +133,8 @@ def _statistics(mean: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     """
     rstd = torch.rsqrt(variance + eps)
     if rstd.device.type != "cpu":
-        return torch.stack((torch.zeros_like(rstd) if mean is None else mean, rstd))
+        # 0 as a function of the row: a constant would be written by a kernel of its own.
+        return torch.stack((variance.clamp(max=0) if mean is None else mean, rstd))
     is_mean = torch.arange(2, device=rstd.device).view(2, *(1,) * rstd.dim()) == 0
     return torch.where(is_mean, torch.zeros_like(rstd) if mean is None else mean, rstd)
 
@@ -198,7 +199,10 @@ class DropoutNorm(FusedOp):
 
     def saved(self, results: tuple[Tensor, ...], needed: Set[str]) -> DropoutNormGradients:
         _, z, statistics = results
-        return DropoutNormGradients(z if self._has_sum else self.x, statistics, self.weight, self.settings)
+        z = z if self._has_sum else self.x
+        # On a CPU autograd makes the cast, after the op.
+        x_dtype = None if z.device.type == "cpu" else self.x.dtype
+        return DropoutNormGradients(z, statistics, self.weight, x_dtype, self.settings)
 
     def under_autocast(self, device_type: str) -> DropoutNorm:
         """CUDA autocast runs norms in float32; CPU autocast leaves them alone."""
@@ -217,8 +221,8 @@ def _is_empty(z: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class DropoutNormGradients(Gradients):
-    """The gradient of the residual, and without dropout of x, is that of z. Those of weight and bias come in the
-    accumulation dtype.
+    """The gradient of the residual, and without dropout of x, is that of z. That of x comes in `x_dtype`, or without
+    one in the dtype of z; those of weight and bias in the accumulation dtype.
     """
 
     of = ("z", "x", "weight", "bias")
@@ -227,6 +231,7 @@ class DropoutNormGradients(Gradients):
     z: Tensor
     statistics: Tensor
     weight: Tensor | None
+    x_dtype: torch.dtype | None
     settings: Settings
 
     def sources(self, needed: Set[str], *grads: Tensor | None) -> dict[str, str]:
@@ -264,7 +269,9 @@ class DropoutNormGradients(Gradients):
             grad = (grad * rstd).to(dtype).to(z.dtype)
             grad = grad if grad_z is None else grad + grad_z
         if "x" in needed:
-            grads["x"] = settings.dropped(grad).contiguous()
+            of_x = settings.dropped(grad).contiguous()
+            # In the shape of x, or a kernel of its own would drop while it casts into the shape that a product asks for.
+            grads["x"] = of_x if self.x_dtype is None else compat.stored_once(of_x.to(self.x_dtype))
         if "z" in needed:
             grads["z"] = grad.clone(memory_format=torch.contiguous_format)
         return grads
@@ -288,7 +295,7 @@ class DropoutNormGradients(Gradients):
 
     def like(self, name: str, grad_y: Tensor | None, grad_z: Tensor | None) -> Tensor:
         if name in ("z", "x"):
-            return self.z.new_empty(self.z.shape)
+            return self.z.new_empty(self.z.shape, dtype=self.x_dtype if name == "x" else None)
         return self.z.new_empty(self.settings.row_of(self.z), dtype=accumulation_dtype(self.settings.dtype_of(self.z)))
 
 
