@@ -270,7 +270,7 @@ class DropoutNormGradients(Gradients):
             grad = grad if grad_z is None else grad + grad_z
         if "x" in needed:
             of_x = settings.dropped(grad).contiguous()
-            # In the shape of x, or a kernel of its own would drop while it casts into the shape that a product asks for.
+            # In the shape of x: else a kernel of its own drops, and casts into the shape that a product asks for.
             grads["x"] = of_x if self.x_dtype is None else compat.stored_once(of_x.to(self.x_dtype))
         if "z" in needed:
             grads["z"] = grad.clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,6 @@ with its reason; where it is mended its test turns red until it is taken off the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,24 @@ ORDINARY = [
     *("swiglu", "swiglu inference", "bert autocast", "dropout"),
 ]
 SLOW = ["mlp fp32", "swiglu fp32", "bert", "bert inference", "gpt2", "gpt2 autocast", "llama", "llama autocast"]
-# A tensor of a few numbers, a seed or a scale, is no traffic.
-SLACK = 1 << 16
+# Seeds, scales and the two statistics of a row are no traffic.
+SLACK = 1 << 17
 MEASURES = ("launches", "bytes", "kept")
 
-# Above stock today: ours, stock's, and why.
-ABOVE_STOCK: dict[tuple[str, str], tuple[int, int, str]] = {}
+# Above stock today: ours, stock's, and why. Counted with torch 2.13.
+_RECOMPUTED = 'backward computes the activation again, which is not kept (`memory="fastest"` keeps it)'
+_SMALLEST = "asked for: backward repeats the first product"
+ABOVE_STOCK: dict[tuple[str, str], tuple[int, int, str]] = {
+    ("mlp p=0", "bytes"): (4_497_424_384, 4_228_988_928, _RECOMPUTED),
+    ("mlp fp32", "bytes"): (8_993_800_216, 8_725_364_752, _RECOMPUTED),
+    ("mlp smallest", "launches"): (12, 11, _SMALLEST),
+    ("mlp smallest", "bytes"): (4_967_219_224, 4_497_424_400, _SMALLEST),
+    ("swiglu", "bytes"): (4_729_077_760, 4_548_722_688, _RECOMPUTED),
+    ("swiglu fp32", "bytes"): (9_458_155_520, 9_097_445_376, _RECOMPUTED),
+    ("bert autocast", "bytes"): (2_580_435_072, 2_513_203_296, _RECOMPUTED),
+    ("llama", "bytes"): (10_335_182_896, 10_154_795_056, _RECOMPUTED),
+    ("llama autocast", "bytes"): (14_038_745_136, 13_858_357_296, _RECOMPUTED),
+}
 # Ops of ours, which stock has not: launches, and how often their arguments and results are moved.
 OWN = {
     "e4m3": (1, 1.0),
@@ -33,20 +44,25 @@ OWN = {
     "int8": (3, 1.5),  # the scale is that of the whole tensor, which is read twice
     "int8 fp32": (3, 1.5),
     "mxfp4": (1, 1.0),
-    "bit_linear": (15, 5.7),
-    "bit_linear inference": (6, 4.3),
+    # Besides, int8 operands and an int32 result of the product, and in backward both operands in the dtype of dy.
+    "bit_linear": (10, 2.6),
+    "bit_linear inference": (6, 3.5),
+    "bit_linear packed": (4, 3.7),
+    "bit_linear packed 1 row": (3, 1.3),  # the packed weight, and partial sums
+    "bit_linear packed 4 rows": (7, 2.1),
 }
-PRODUCTS_IN_FLOAT32: dict[str, str] = {}
 
 
-def cases() -> Iterator[Any]:
+def cases() -> list[Any]:
+    found = []
     for name in [*ORDINARY, *SLOW]:
         for measure in MEASURES:
             marks = [pytest.mark.slow] if name in SLOW else []
             if (name, measure) in ABOVE_STOCK:
                 ours, stock, reason = ABOVE_STOCK[name, measure]
                 marks.append(pytest.mark.xfail(strict=True, reason=f"{ours:,} against {stock:,}: {reason}"))
-            yield pytest.param(name, measure, marks=marks, id=f"{name}: {measure}")
+            found.append(pytest.param(name, measure, marks=marks, id=f"{name}: {measure}"))
+    return found
 
 
 @pytest.mark.parametrize(("case", "measure"), cases())

@@ -179,10 +179,11 @@ def _fake_quantize(fmt: str, dtype: torch.dtype = BF16, rounding: str | None = N
     return Case(make, train=False, has_rival=False)
 
 
-def _bit_linear(dtype: torch.dtype = BF16, train: bool = True) -> Case:
+def _bit_linear(dtype: torch.dtype = BF16, train: bool = True, packed: bool = False, rows: int | None = None) -> Case:
     def make(sizes: Sizes, device: str) -> Any:
-        module = BitLinear(sizes.dim, sizes.dim, variant="b1.58", device="meta")
-        return _on(module, dtype, device), (_tensor(sizes.rows, sizes.dim, dtype=dtype, device=device, grad=train),)
+        module = _on(BitLinear(sizes.dim, sizes.dim, variant="b1.58", device="meta"), dtype, device)
+        x = _tensor(rows or sizes.rows, sizes.dim, dtype=dtype, device=device, grad=train)
+        return module.pack() if packed else module, (x,)
 
     return Case(make, train=train, has_rival=False)
 
@@ -230,4 +231,8 @@ CASES: dict[str, Case] = {
     "bit_linear": _bit_linear(),
     "bit_linear fp32": _bit_linear(FP32),
     "bit_linear inference": _bit_linear(train=False),
+    "bit_linear packed": _bit_linear(train=False, packed=True),
+    "bit_linear packed 1 row": _bit_linear(train=False, packed=True, rows=1),
+    "bit_linear packed 4 rows": _bit_linear(train=False, packed=True, rows=4),
+    "bit_linear packed 4 rows fp32": _bit_linear(FP32, train=False, packed=True, rows=4),
 }
