@@ -141,7 +141,7 @@ class FuseBackend:
                 memory=chosen.memory,
                 guarded_inputs=input_checks.are_in_guards(gm) and not compat.is_given("size_asserts", inductor_options),
             )
-            compiler.config.update(_settings_for_gpu(fused, inductor_options))
+        compiler.config.update(_settings_for_gpu(fused, inductor_options))
         with input_checks.left_to_guards():
             compiled: Callable[..., Any] = compiler(fused, example_inputs)
         return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))

@@ -35,6 +35,7 @@ def check(name: str) -> list[dict[str, Any]]:
     sources = capture(lambda: chosen.build(LARGE), backend, train=chosen.train, autocast=chosen.autocast)
     return [
         _facts(kernel, tuner, architecture, configuration)
+        | {"along_rows": "reduction_hint" not in source or "ReductionHint.INNER" in source}
         for kernel, source in _kernels(sources.all).items()
         for architecture in ARCHITECTURES
         for tuner in [getattr(PyCodeCache.load(_for(source, architecture)), kernel)]
@@ -70,7 +71,8 @@ def _facts(name: str, tuner: Any, architecture: int, configuration: Any) -> dict
     ptx = kernel.asm["ptx"]
     return {
         "kernel": name,
-        "configuration": f"sm_{architecture} {configuration}",
+        "architecture": architecture,
+        "configuration": str(configuration),
         "elements": math.prod(tuner.size_hints.values()),
         "registers": registers,
         "spilled": stack + local,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fuse_pass import FuseBackend
 from fuse_pass.gemm import measured
 from fuse_pass.inductor import compat
-from fuse_pass.patterns import PATTERNS
+from fuse_pass.patterns import PATTERNS, Pattern
 from fuse_pass.report import Report
 from tests.cuda.support import device
 
@@ -26,7 +26,10 @@ class _Found(Exception):  # noqa: N818 - no error
 
 
 def check(name: str) -> dict[str, Any]:
-    """For `PATTERN[ autocast DTYPE]`: what each spelling is counted as, and how often probes of the CPU are asked."""
+    """For `PATTERN[ autocast DTYPE]`: what each spelling is counted as, here and on a CPU; how often its probes are asked.
+
+    On the CPU under its own autocast.
+    """
     pattern = next(pattern for pattern in PATTERNS if pattern.name == name.partition(" ")[0])
     region = AUTOCAST[name.removeprefix(pattern.name)]
     with contextlib.ExitStack() as stack:
@@ -34,14 +37,24 @@ def check(name: str) -> dict[str, Any]:
             name: stack.enter_context(mock.patch.object(owner, name, wraps=getattr(owner, name)))
             for owner, name in _OF_THE_CPU
         }
-        counts = {
-            spelling: _counts(function, pattern.corpus.example_inputs(), region)
-            for spelling, function in pattern.corpus.spellings.items()
-        }
-    return {"counts": counts, "asked": {name: probe.call_count for name, probe in asked.items()}}
+        counts = _counts_of_all(pattern, "cuda", region)
+    return {
+        "counts": counts,
+        "on_cpu": _counts_of_all(pattern, "cpu", region),
+        "asked": {name: probe.call_count for name, probe in asked.items()},
+    }
 
 
-def _counts(function: Callable[..., Tensor], inputs: Mapping[str, Any], autocast: torch.dtype | None) -> dict[str, int]:
+def _counts_of_all(pattern: Pattern, on: str, autocast: torch.dtype | None) -> dict[str, dict[str, int]]:
+    inputs = pattern.corpus.example_inputs()
+    return {
+        spelling: _counts(function, inputs, on, autocast) for spelling, function in pattern.corpus.spellings.items()
+    }
+
+
+def _counts(
+    function: Callable[..., Tensor], inputs: Mapping[str, Any], on: str, autocast: torch.dtype | None
+) -> dict[str, int]:
     found: list[Report] = []
 
     def rewrite(gm: Any, example_inputs: Any) -> Any:
@@ -49,16 +62,16 @@ def _counts(function: Callable[..., Tensor], inputs: Mapping[str, Any], autocast
         raise _Found
 
     torch._dynamo.reset()
-    region = torch.autocast("cuda", autocast) if autocast else contextlib.nullcontext()
+    region = torch.autocast(on, autocast) if autocast else contextlib.nullcontext()
     with device.fake_mode():
-        args = [_on_device(value) for value in inputs.values()]
+        args = [_on_device(value, on) for value in inputs.values()]
         with region, contextlib.suppress(Exception):
             torch.compile(function, backend=rewrite, fullgraph=True)(*args)
     return dict(found[0].counts())
 
 
-def _on_device(value: Any) -> Any:
+def _on_device(value: Any, device: str) -> Any:
     if not isinstance(value, Tensor):
         return value
-    like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     return like.requires_grad_(value.requires_grad)
