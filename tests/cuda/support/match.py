@@ -26,9 +26,9 @@ class _Found(Exception):  # noqa: N818 - no error
 
 
 def check(name: str) -> dict[str, Any]:
-    """For `PATTERN[ autocast DTYPE]`: what each spelling is counted as, here and on a CPU; how often its probes are asked.
+    """For `PATTERN[ autocast DTYPE]`: what each spelling is counted as, and how often probes of the CPU are asked.
 
-    On the CPU under its own autocast.
+    `on_cpu` is what it is counted as on a CPU, under the autocast of the CPU.
     """
     pattern = next(pattern for pattern in PATTERNS if pattern.name == name.partition(" ")[0])
     region = AUTOCAST[name.removeprefix(pattern.name)]
