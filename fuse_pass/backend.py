@@ -289,7 +289,7 @@ def _settings_for_gpu(module: GraphModule, options: Mapping[str, Any]) -> dict[s
     for node in _nodes(module):
         op, results = declaration_of(node.target), node.meta.get("example_value")
         on_gpu = any(isinstance(y, Tensor) and y.device.type != "cpu" for y in private.tree_leaves(results))
-        if on_gpu and is_draw(node.target):
+        if on_gpu and (is_draw(node.target) or "dropout" in str(node.target)):
             found |= compat.room_for_masks(options)
         if on_gpu and op is not None and op.exact_quotients:
             found |= compat.EXACT_QUOTIENTS

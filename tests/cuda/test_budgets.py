@@ -17,7 +17,10 @@ ORDINARY = [
     *("dropout_norm narrow", "mlp", "mlp p=0", "mlp inference", "mlp fastest", "mlp smallest"),
     *("swiglu", "swiglu inference", "bert autocast", "dropout"),
 ]
-SLOW = ["mlp fp32", "swiglu fp32", "bert", "bert inference", "gpt2", "gpt2 autocast", "llama", "llama autocast"]
+SLOW = [
+    *("mlp fp32", "swiglu fp32", "bert", "bert fp32", "bert inference", "gpt2", "gpt2 fp32", "gpt2 autocast"),
+    *("llama", "llama autocast"),
+]
 # Seeds, scales and the two statistics of a row are no traffic.
 SLACK = 1 << 17
 MEASURES = ("launches", "bytes", "kept")
