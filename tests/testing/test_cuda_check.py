@@ -20,7 +20,7 @@ def rows_of(section: str) -> list[Row]:
     return list(SECTIONS[section](Scale.small(CPU)))
 
 
-@pytest.mark.parametrize("section", ["versions", "bits", "low_precision"])
+@pytest.mark.parametrize("section", ["versions", pytest.param("bits", marks=pytest.mark.slow), "low_precision"])
 def test_a_section_is_right_on_a_cpu(section: str) -> None:
     rows = rows_of(section)
     assert rows
