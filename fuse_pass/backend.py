@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.gemm.problem import GemmProblem
@@ -28,6 +29,8 @@ from fuse_pass.joint.masked_softmax import MaskedSoftmax
 from fuse_pass.joint.recompute import RecomputeTags
 from fuse_pass.numerics.formats import Format
 from fuse_pass.numerics.spec import QuantSpec, spec_of
+from fuse_pass.ops.fused_op import declaration_of
+from fuse_pass.ops.seed import is_draw
 from fuse_pass.options import Options, names
 from fuse_pass.patterns import PATTERNS, Situation, apply, attention_projections, dense, prepack
 from fuse_pass.patterns.fake_quantization import insert as fake_quant
@@ -72,6 +75,7 @@ class FuseBackend:
             8 tokens take 1 / 1.3 of the time in float32 and 1 / 1.2 in bfloat16, 64 tokens 1 / 1.1 in both. A
             weight that is changed in place, loaded or replaced is packed again. Do not use it if a few elements of
             a weight are written through `.data`, NumPy or another process, which PyTorch does not count as a change.
+            On other devices it does nothing, and a warning says so.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
 
     Raises:
@@ -128,7 +132,8 @@ class FuseBackend:
             fused = copy_graph_module(gm) if fused is gm else fused
             precompile.leave_out(fused)  # another process would run the graph without `counted`
         publish(report)
-        precompile.note(require_key, cache_key({}))
+        on_cpu = _computes_on_cpu(gm)
+        precompile.note(require_key, cache_key({}, on_cpu=on_cpu), on_cpu)
         inductor = compiler.inductor_compiler(mode, inductor_options)
         passes = compiler.joint_passes(inductor_options)
         inductor.config["joint_custom_post_pass"] = OnThisProcessor(passes)
@@ -137,11 +142,12 @@ class FuseBackend:
             has_checks_wanted = compiler.is_given("size_asserts", inductor_options)
             masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
             inductor.config["joint_custom_post_pass"] = RecomputeTags(
-                cache_key(chosen.as_dict()),
+                cache_key(chosen.as_dict(), on_cpu=on_cpu),
                 (*passes, *masks),
                 memory=chosen.memory,
                 guarded_inputs=not has_checks_wanted and input_checks.are_in_guards(gm),
             )
+        inductor.config.update(_settings_for_gpu(fused, inductor_options))
         with input_checks.left_to_guards():
             compiled: Callable[..., Any] = inductor(fused, example_inputs)
         return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))
@@ -178,6 +184,8 @@ class FuseBackend:
                     fallback, known = _recompiled(copy_graph_module(fused)), copy.deepcopy(report)
             if is_piece_for_ddp(gm):
                 _name_cuts(report, gm.graph)
+            if self.options.prepack and not _computes_on_cpu(gm):
+                report.notes.append(_prepack_does_nothing())
             step = "generating code"
             return (_recompiled(fused), report) if report.matches else (gm, report)
         except Exception as error:  # whatever goes wrong in a pass, the user's model must still compile
@@ -203,6 +211,13 @@ class FuseBackend:
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name], operations=operations)
         if self.options.prepack:
             yield prepack.PATTERN.name, functools.partial(apply, prepack.PATTERN, operations=operations)
+
+
+def _prepack_does_nothing() -> Note:
+    """Says so of a graph that computes nothing on a CPU, in a warning too: who asked for it waits for a gain."""
+    detail = "prepack=True does nothing here: weights are packed for oneDNN, which computes on a CPU."
+    warnings.warn(f"fuse_pass: {detail}", RuntimeWarning, stacklevel=2)
+    return Note(Reason.COST, detail)
 
 
 def _name_cuts(report: Report, graph: Graph) -> None:
@@ -257,14 +272,36 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return own, rest
 
 
+def _nodes(module: GraphModule) -> Iterator[Node]:
+    """Of every graph in a module."""
+    return (node for child in module.modules() if isinstance(child, GraphModule) for node in child.graph.nodes)
+
+
 def _calls_our_ops(module: GraphModule) -> bool:
     """Whether any graph calls an op of ours, put there by a pattern or by a module of `fuse_pass.nn`."""
     return any(
-        isinstance(node.target, private.OpOverload) and node.target.namespace == "fuse_pass"
-        for child in module.modules()
-        if isinstance(child, GraphModule)
-        for node in child.graph.nodes
+        isinstance(node.target, private.OpOverload) and node.target.namespace == "fuse_pass" for node in _nodes(module)
     )
+
+
+def _computes_on_cpu(module: GraphModule) -> bool:
+    """Whether any value of a graph is on a CPU, or none is known to be elsewhere."""
+    values = (value_of(node) for node in _nodes(module))
+    devices = {value.device.type for value in values if value is not None}
+    return not devices or "cpu" in devices
+
+
+def _settings_for_gpu(module: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What our ops ask of Inductor where it generates Triton code; empty where all of them are on a CPU."""
+    found: dict[str, Any] = {}
+    for node in _nodes(module):
+        op, results = declaration_of(node.target), node.meta.get("example_value")
+        on_gpu = any(isinstance(y, Tensor) and y.device.type != "cpu" for y in private.tree_leaves(results))
+        if on_gpu and (is_draw(node.target) or "dropout" in str(node.target)):
+            found |= compiler.room_for_masks(options)
+        if on_gpu and op is not None and op.exact_quotients:
+            found |= compiler.EXACT_QUOTIENTS
+    return found
 
 
 def _shown(value: Any) -> str:

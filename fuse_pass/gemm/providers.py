@@ -36,6 +36,8 @@ _MIN_ROWS, _MIN_COLUMNS, _MIN_COLUMNS_OF_GRADIENT, _MIN_INNER = 3, 4, 64, 2
 _MAX_ROWS_OF_SUMS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 _MIN_ELEMENTS_OF_SUMS = 1 << 14
 _DECOMPOSED_BY_INDUCTOR = 16
+# As many as share one reading of b in the code that Inductor generates for a GPU, by what it moves; not measured.
+_MAX_ROWS_OF_INTEGER_SUMS = 4
 
 # Rows from which converting a `[columns, inner]` bfloat16 weight to float32 pays. On an AMD Zen 3 it is 5 (16 take a
 # third of the time); a busy Xeon that was told to use AVX2 alone lost 17 to 45 % at 16 and was even at 32.
@@ -242,6 +244,29 @@ class IntMM:
         return int_mm(a.contiguous(), b.contiguous().t())
 
 
+class IntegerSums:
+    """int8 products of a few rows on a GPU, one sum per row and column in a loop that Inductor generates.
+
+    cuBLAS has none for up to 16 rows. What makes b of a packed weight joins the loop, which so reads the packed one.
+    """
+
+    name, computes_activation = "integer_sums", False
+
+    def supports(self, problem: GemmProblem) -> bool:
+        rows = problem.sizes[0]
+        if problem.device.type == "cpu" or problem.dtype is not torch.int8 or not problem.in_graph:
+            return False
+        return isinstance(rows, int) and 1 <= rows <= _MAX_ROWS_OF_INTEGER_SUMS
+
+    def cost(self, problem: GemmProblem) -> float:
+        return 0.5 * _OWN
+
+    def run(self, a: Tensor, b: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
+        # Stored, or what computes a would be computed anew for every column.
+        rows = compat.stored_once(a.contiguous()).to(torch.int32).unbind(0)
+        return torch.stack([(row * b.to(torch.int32)).sum(-1, dtype=torch.int32) for row in rows])
+
+
 class IntegersInFloat32:
     """int8 products by sums that float32 holds exactly; so do TF32 and bfloat16, whose significands hold every int8."""
 
@@ -269,6 +294,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Packed(),
     ViaFloat32(),
     IntMM(),
+    IntegerSums(),
     IntegersInFloat32(),
 )
 

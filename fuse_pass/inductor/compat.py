@@ -47,6 +47,7 @@ __all__ = [
     "onednn_version",
     "pack_onednn_weight",
     "register_decomposition",
+    "rounds_quotients",
     "size_hint",
     "stored_once",
     "vector_instructions",
@@ -277,3 +278,13 @@ def _user_name() -> str:
 def size_hint(size: int | torch.SymInt) -> int | None:
     """The example value of a size; never adds a guard. None for a size that is only known at run time."""
     return size if isinstance(size, int) else size.node.hint
+
+
+def rounds_quotients() -> bool:
+    """Whether float32 quotients on a GPU are those of IEEE 754 in what runs, or is compiled, now."""
+    if not is_compiling():
+        return True
+    from torch._inductor import config
+
+    rounds: bool = config.eager_numerics.division_rounding
+    return rounds

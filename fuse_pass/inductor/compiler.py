@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
+    "EXACT_QUOTIENTS",
     "NUMPY_CALLS",
     "STORED_ONCE",
     "CallFunction",
@@ -54,6 +56,8 @@ __all__ = [
     "never_compile_alone",
     "register_backend",
     "register_graph_pattern",
+    "room_for_masks",
+    "seeds_of",
     "stance",
     "statically_known_true",
 ]
@@ -68,6 +72,12 @@ STORED_ONCE = inductor_prims.force_stride_order
 def is_seed(node: Node) -> bool:
     """Whether Inductor has put this node in the place of a draw, its own ones included."""
     return node.target is inductor_prims.lookup_seed
+
+
+def seeds_of(seed: Node) -> Node:
+    """The draw of all seeds of a graph on one device, of which this is one."""
+    seeds: Node = seed.args[0]  # type: ignore[assignment]
+    return seeds
 
 
 def is_inductor_option(name: str) -> bool:
@@ -100,6 +110,26 @@ def joint_passes(options: Mapping[str, Any]) -> tuple[Callable[[Graph], None], .
     if not passes:
         return ()
     return tuple(passes) if isinstance(passes, (list, tuple)) else (passes,)
+
+
+# How many operations Inductor computes anew for each reader, before torch 2.13 by an explicit setting.
+_USUAL_OPERATIONS = 30
+
+
+def room_for_masks(options: Mapping[str, Any]) -> dict[str, int]:
+    """The setting with which Inductor keeps the operations of a dropout mask inside of the kernel that reads it.
+
+    Its own limit is 30 operations in a value with several readers, and is passed in the middle of the hash. The rest of
+    the hash would then be read from memory: an int32 for each element, written by a kernel of its own. Empty where the
+    user has chosen a limit.
+    """
+    name = "realize_opcount_threshold"
+    is_chosen = _option(options, name) not in (None, _USUAL_OPERATIONS)
+    return {} if is_chosen else {name: 2 * _USUAL_OPERATIONS}
+
+
+# Settings with which Triton divides as IEEE 754 says, as eager PyTorch does.
+EXACT_QUOTIENTS: Mapping[str, bool] = MappingProxyType({"eager_numerics.division_rounding": True})
 
 
 def inductor_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Any:

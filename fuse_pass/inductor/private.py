@@ -7,9 +7,10 @@ only measurements and tests need.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch._subclasses import fake_tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 __all__ = [
     "AUTOCAST_ENTER",
@@ -46,11 +49,13 @@ __all__ = [
     "parameters_of",
     "prims",
     "share_source",
+    "tree_leaves",
     "tree_map",
     "uncompiled",
     "unsafe_view",
     "unwrapped",
     "version_of",
+    "with_own_tensors",
     "without_autocast",
 ]
 
@@ -132,6 +137,13 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 def buffers_of(module: nn.Module) -> dict[str, Any]:
     """A module's own, as it keeps them."""
     return module._buffers
+
+
+def with_own_tensors(module: ModuleT) -> ModuleT:
+    """A module of the same parameters and buffers, which can be given others without a change to the first."""
+    other = copy.copy(module)
+    other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
+    return other
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -37,20 +37,25 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def cache_key(options: Mapping[str, Any]) -> bytes:
-    """Changes whenever the same graph could be compiled to something else by us."""
+def cache_key(options: Mapping[str, Any], *, on_cpu: bool = True) -> bytes:
+    """Changes whenever the same graph could be compiled to something else by us.
+
+    Args:
+        options: of `FuseBackend`.
+        on_cpu: whether the graph may multiply on the CPU, so that it depends on what the probe finds there.
+    """
     parts = {
         "sources": source_hash(),
-        "gemm": measured.table(),
+        "gemm": measured.table() if on_cpu else None,
         "options": {k: repr(v) for k, v in options.items()},
         "processor": processor_key(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
-def require_key(key: bytes) -> None:
-    """Raises RuntimeError unless these sources, and what the probe has found, are those behind a `cache_key({})`."""
-    if key != cache_key({}):
+def require_key(key: bytes, on_cpu: bool) -> None:
+    """Raises RuntimeError unless these sources, and what the probe has found, are those behind a `cache_key({}, …)`."""
+    if key != cache_key({}, on_cpu=on_cpu):
         raise RuntimeError(
             "compiled by other sources of fuse_pass or on another machine; expected those of this process"
         )

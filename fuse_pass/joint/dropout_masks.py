@@ -1,8 +1,9 @@
-"""The dropouts that no pattern took, those inside attention among them, draw their masks from our generator on a CPU.
+"""The dropouts that no pattern took, those inside attention among them, draw their masks from our generator.
 
-Inductor draws a float32 per element by a scalar Philox (8 ns) and compares it with p; for half types it rounds that
-number first, and with it the probability. The stored mask then costs as much again. Here the comparison becomes
-`random_bits.keep_mask`: vectorised, exact to 2**-32, and computed again in backward.
+On a CPU Inductor draws a float32 per element by a scalar Philox (8 ns) and compares it with p; for half types it rounds
+that number first, and with it the probability. The stored mask then costs as much again. Here the comparison becomes
+`random_bits.keep_mask`: vectorised, exact to 2**-32, and computed again in backward. On a GPU Philox takes about 34
+instructions an element and the hash 14 (counted in the code for sm_90), and no mask is written and read.
 """
 
 from __future__ import annotations
@@ -54,11 +55,10 @@ def _recompute(node: Node) -> None:
         recompute_in_backward(node)
 
 
-def _is_dropout_on_cpu(match: Match) -> bool:
-    node = match.output_node()
+def _is_dropout(match: Match) -> bool:
     # By name: the graph carries a copy of the op.
-    is_dropout = str(node.meta.get("original_aten")) == str(aten.native_dropout.default)
-    return is_dropout and node.meta["val"].device.type == "cpu" and bool(match.kwargs["size"])
+    origin = str(match.output_node().meta.get("original_aten"))
+    return origin == str(aten.native_dropout.default) and bool(match.kwargs["size"])
 
 
 def _keep_mask(match: Match, size: Any, seed: Node, p: float) -> None:
@@ -73,5 +73,5 @@ def _keep_mask(match: Match, size: Any, seed: Node, p: float) -> None:
 
 for _number in (_UNIFORM, _ROUNDED):
     register_graph_pattern(
-        CallFunction(aten.gt.Scalar, _number, KeywordArg("p")), extra_check=_is_dropout_on_cpu, pass_dict=_patterns
+        CallFunction(aten.gt.Scalar, _number, KeywordArg("p")), extra_check=_is_dropout, pass_dict=_patterns
     )(_keep_mask)

@@ -17,9 +17,9 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fuse_pass.inductor import compat
-from fuse_pass.inductor.compiler import STORED_ONCE, CustomGraphPass, is_seed
-from fuse_pass.inductor.private import OpOverload
-from fuse_pass.ops.fused_op import FusedOp, declaration_of
+from fuse_pass.inductor.compiler import STORED_ONCE, CustomGraphPass, is_seed, seeds_of
+from fuse_pass.inductor.private import OpOverload, prims
+from fuse_pass.ops.fused_op import FusedOp, declaration_of, is_backward
 
 MEMORY = ("fastest", "balanced", "smallest")
 _MASK_DTYPES = (torch.bool, torch.int32)
@@ -57,7 +57,7 @@ class RecomputeTags(CustomGraphPass):
             run(graph)
         for node in graph.nodes:
             if is_seed(node):  # PyTorch's dropouts draw again too where memory is scarce
-                compat.keep_for_backward(node)
+                _keep_seed(node)
             elif "recompute" not in node.meta and _is_recomputable(node, self._memory):
                 recompute_in_backward(node)
 
@@ -73,11 +73,24 @@ def recompute_in_backward(node: Node) -> None:
     node.meta["ac_graph_id"] = 0
 
 
+def _keep_seed(seed: Node) -> None:
+    """On a GPU as a part of the tensor in which all seeds of a graph are drawn: by itself each would be a kernel."""
+    if seed.meta["val"].device.type == "cpu":
+        compat.keep_for_backward(seed)
+    else:
+        compat.keep_for_backward(seeds_of(seed))
+        recompute_in_backward(seed)
+
+
 def _is_recomputable(node: Node, memory: str) -> bool:
     value = node.meta.get("val")
     if not _is_ours(node) or not isinstance(value, torch.Tensor):
         return False
     if _is_row_of_columns(node):
+        return True
+    if value.device.type != "cpu" and is_backward(node.meta["original_aten"]) and _is_pointwise(node):
+        # What backward derives from the values that we keep for it: min-cut would have forward store it beside them,
+        # as large and by a kernel of its own (sum and LayerNorm 8192x4096 in float32: 806 against 537 MB).
         return True
     if value.dtype in _MASK_DTYPES:
         return value.dim() > 0  # the seed itself is saved: a second draw would be another mask
@@ -93,7 +106,7 @@ def _is_row_of_columns(node: Node) -> bool:
     """Whether a node is `0, 1, 2, …`, or the same bits as floats, which some processors load faster."""
     while node.target in (STORED_ONCE, torch.ops.aten.view.dtype) and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node.target is torch.ops.prims.iota.default
+    return node.target is prims.iota.default
 
 
 def _is_ours(node: Node) -> bool:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.numerics.formats import IntFormat
-from fuse_pass.numerics.tensors import accumulation_dtype
+from fuse_pass.numerics.tensors import accumulation_dtype, quotient
 
 LEVELS = IntFormat(8).quant_max
 _SMALLEST_NEGATIVE = -(2**31) + 1  # float32 −2^-149, as the integer of its bits
@@ -99,17 +99,7 @@ def activation_codes(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     divisor = torch.where(largest == 0, 1.0, largest)
     power = torch.where(divisor > 1, 1 / 128, 1.0)  # changes no bit of the quotient; without it x Q could overflow
     # |x| ≤ γ and correct rounding keep the quotient within ±Q, so there is nothing to clip.
-    return torch.round(_divide(wide * (LEVELS * power), divisor * power)), largest / LEVELS
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b as IEEE 754 rounds it. Triton's float32 division does not, its float64 one does.
-
-    Rounding that one to float32 again gives the right float32, for 53 ≥ 2 · 24 + 2.
-    """
-    if a.device.type == "cpu" or a.dtype is torch.float64:
-        return a / b
-    return (a.double() / b.double()).to(a.dtype)
+    return torch.round(quotient(wide * (LEVELS * power), divisor * power)), largest / LEVELS
 
 
 def dequantized_weight(weight: Tensor, groups: int, variant: str) -> Tensor:

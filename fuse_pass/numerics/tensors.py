@@ -1,16 +1,27 @@
-"""What results are like: the dtype in which sums are made, the layout of a gradient, the rows of a Linear."""
+"""What results are like: the dtype in which sums are made, exact quotients, the layout of a gradient, rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import private
+from fuse_pass.inductor import compat, private
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64, everything narrower is summed in float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """`a / b` as IEEE 754 rounds it, on every device.
+
+    Triton's float32 division is up to 2 ulp off unless Inductor is told otherwise, as `FuseBackend` does for ops with
+    `exact_quotients`; its float64 one is exact, and rounded to float32 it is the right float32, for 53 ≥ 2 · 24 + 2.
+    """
+    if a.device.type == "cpu" or a.dtype is torch.float64 or compat.rounds_quotients():
+        return a / b
+    return (a.double() / b.double()).to(a.dtype)
 
 
 def gradient_like(tensor: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ from fuse_pass.ops.straight_through import straight_through
 
 def _integer_product(x_codes: Tensor, codes: Tensor) -> Tensor:
     """`[rows, in] @ int8 [out, in].T → int32 [rows, out]`, exact: int32 holds 16 million terms of ±Q."""
+    if codes.device.type != "cpu":  # in the open: Inductor may put what follows into the same kernel
+        return product(x_codes.to(torch.int8), codes)
     if codes.shape[1] == 1:  # torch 2.13's int8 product on a CPU reads past a second factor `[1, out]`
         return x_codes.to(torch.int32) * codes.t().to(torch.int32)
     return torch.ops.fuse_pass.int8_product(x_codes.to(torch.int8), codes)  # type: ignore[no-any-return]
@@ -65,6 +67,7 @@ class _BitLinearOp(FusedOp):
     """Neither x nor W is narrowed by autocast before it is quantised; only the result is in autocast's dtype."""
 
     autocast = ("cpu", "cuda")
+    exact_quotients = True
 
     def under_autocast(self, device_type: str) -> Any:
         x: Tensor = self.named()["x"]
@@ -96,7 +99,7 @@ class BitLinear(_BitLinearOp):
 
 @dataclass(frozen=True)
 class BitLinearGradients(Gradients):
-    """In the accumulation dtype."""
+    """In the dtype of the products, `_dtype_of_products`."""
 
     of = ("x", "weight", "bias")
     is_under_autocast = True
@@ -107,12 +110,11 @@ class BitLinearGradients(Gradients):
     scale: Tensor
     variant: str
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return accumulation_dtype(torch.promote_types(self.x.dtype, self.weight.dtype))
+    def _dtype(self, grad_y: Tensor) -> torch.dtype:
+        return _dtype_of_products(grad_y, torch.promote_types(self.x.dtype, self.weight.dtype))
 
     def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
-        grad, grads = rows_of(grad_y).to(self._dtype), {}
+        grad, grads = rows_of(grad_y).to(self._dtype(grad_y)), {}
         if "x" in needed:
             codes = weight_codes(self.weight, self.threshold, self.variant)
             grads["x"] = _input_gradient(grad, codes, self.scale).view(self.x.shape)
@@ -126,14 +128,15 @@ class BitLinearGradients(Gradients):
     def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
         """Straight through x̂ and Ŵ once more."""
         with torch.autocast(grad_y.device.type, enabled=False):
-            grad = rows_of(grad_y).to(self._dtype)
-            x_hat = straight_through_activations(rows_of(self.x).to(self._dtype), self.variant)
-            w_hat = straight_through_weight(self.weight, self.scale.shape[0], self.variant).to(self._dtype)
+            dtype = self._dtype(grad_y)
+            grad = rows_of(grad_y).to(dtype)
+            x_hat = straight_through_activations(rows_of(self.x).to(dtype), self.variant)
+            w_hat = straight_through_weight(self.weight, self.scale.shape[0], self.variant).to(dtype)
             return {"x": (grad @ w_hat).view(self.x.shape), "weight": grad.t() @ x_hat, "bias": grad.sum(0)}
 
     def like(self, name: str, grad_y: Tensor) -> Tensor:
         shape = {"x": self.x.shape, "weight": self.weight.shape, "bias": self.weight.shape[:1]}[name]
-        return self.x.new_empty(shape, dtype=self._dtype)
+        return self.x.new_empty(shape, dtype=self._dtype(grad_y))
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class BitLinearPacked(_BitLinearOp):
 
 @dataclass(frozen=True)
 class BitLinearPackedGradients(Gradients):
-    """In the accumulation dtype."""
+    """In the dtype of the products, `_dtype_of_products`."""
 
     of = ("x", "bias")
     is_under_autocast = True
@@ -169,7 +172,7 @@ class BitLinearPackedGradients(Gradients):
     variant: str
 
     def _rows(self, grad_y: Tensor) -> Tensor:
-        return rows_of(grad_y).to(accumulation_dtype(torch.promote_types(grad_y.dtype, self.scale.dtype)))
+        return rows_of(grad_y).to(_dtype_of_products(grad_y, torch.promote_types(grad_y.dtype, self.scale.dtype)))
 
     def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
         grad, grads = self._rows(grad_y), {}
@@ -197,8 +200,18 @@ def _like_y(x: Tensor, out_features: int, out_dtype: torch.dtype | None) -> Tens
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
 
 
+def _dtype_of_products(grad_y: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of those in backward, for operands of this dtype: on a CPU the accumulation dtype, on a GPU that of dy.
+
+    A GPU sums products of half types in float32 by itself, and is many times slower at those of float32.
+    """
+    return accumulation_dtype(dtype) if grad_y.device.type == "cpu" else grad_y.dtype
+
+
 def _input_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """`dy Ŵ` for dy `[rows, out]`."""
+    if grad.dtype in (torch.float16, torch.bfloat16):  # where Ŵ is exact, and dy times β is not
+        return product(grad, (codes.to(grad.dtype) * per_row(scale, codes.shape[0])[:, None].to(grad.dtype)).t())
     return product(grad * per_row(scale, codes.shape[0]), codes.t().to(grad.dtype))
 
 

@@ -127,10 +127,14 @@ def _share(total: Tensor, size: Any, of: float = 1.0) -> Tensor:
 def _statistics(mean: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     """Mean and rstd for backward, `[2, *variance.shape]`.
 
-    One tensor of two rows, which Inductor computes in a loop of its own. Two tensors with an element per row would be
-    computed between the steps on z, each of which would then be a pass over memory (3.8 against 3.2 ms, 8192x768).
+    One tensor of two rows, which Inductor computes for a CPU in a loop of its own. Two tensors with an element per row
+    would be computed between the steps on z, each of which would then be a pass over memory (3.8 against 3.2 ms,
+    8192x768). On a GPU a loop of its own is another launch, and the kernel that reduces a row writes its two elements.
     """
     rstd = torch.rsqrt(variance + eps)
+    if rstd.device.type != "cpu":
+        # 0 as a function of the row: a constant would be written by a kernel of its own.
+        return torch.stack((variance.clamp(max=0) if mean is None else mean, rstd))
     is_mean = torch.arange(2, device=rstd.device).view(2, *(1,) * rstd.dim()) == 0
     return torch.where(is_mean, torch.zeros_like(rstd) if mean is None else mean, rstd)
 
@@ -158,8 +162,8 @@ class DropoutNorm(FusedOp):
         z = settings.added(settings.dropped(x), self.residual)
         if _is_empty(z):
             return self._of_nothing(z)
-        if settings.seed is not None and 0 < settings.p < 1 and z.device.type == "cpu":
-            # Inductor makes three loops for a CPU, each of which would hash anew (0.33 against 0.17 ms, 512x768).
+        if settings.seed is not None and 0 < settings.p < 1:
+            # Inductor makes several loops, each of which would hash anew (0.33 against 0.17 ms, 512x768 on a CPU).
             # Without dropout z is cheaper to add up again than to store, should nobody else want it.
             z = compat.stored_once(z)
         y, statistics = settings.normalised(quantize_packed(z, settings.sum_format), self.weight, self.bias)
@@ -195,7 +199,10 @@ class DropoutNorm(FusedOp):
 
     def saved(self, results: tuple[Tensor, ...], needed: Set[str]) -> DropoutNormGradients:
         _, z, statistics = results
-        return DropoutNormGradients(z if self._has_sum else self.x, statistics, self.weight, self.settings)
+        z = z if self._has_sum else self.x
+        # On a CPU autograd makes the cast, after the op.
+        x_dtype = None if z.device.type == "cpu" else self.x.dtype
+        return DropoutNormGradients(z, statistics, self.weight, x_dtype, self.settings)
 
     def under_autocast(self, device_type: str) -> DropoutNorm:
         """CUDA autocast runs norms in float32; CPU autocast leaves them alone."""
@@ -214,8 +221,8 @@ def _is_empty(z: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class DropoutNormGradients(Gradients):
-    """The gradient of the residual, and without dropout of x, is that of z. Those of weight and bias come in the
-    accumulation dtype.
+    """The gradient of the residual, and without dropout of x, is that of z. That of x comes in `x_dtype`, or without
+    one in the dtype of z; those of weight and bias in the accumulation dtype.
     """
 
     of = ("z", "x", "weight", "bias")
@@ -224,6 +231,7 @@ class DropoutNormGradients(Gradients):
     z: Tensor
     statistics: Tensor
     weight: Tensor | None
+    x_dtype: torch.dtype | None
     settings: Settings
 
     def sources(self, needed: Set[str], *grads: Tensor | None) -> dict[str, str]:
@@ -261,7 +269,9 @@ class DropoutNormGradients(Gradients):
             grad = (grad * rstd).to(dtype).to(z.dtype)
             grad = grad if grad_z is None else grad + grad_z
         if "x" in needed:
-            grads["x"] = settings.dropped(grad).contiguous()
+            of_x = settings.dropped(grad).contiguous()
+            # In the shape of x: else a kernel of its own drops, and casts into the shape that a product asks for.
+            grads["x"] = of_x if self.x_dtype is None else compat.stored_once(of_x.to(self.x_dtype))
         if "z" in needed:
             grads["z"] = grad.clone(memory_format=torch.contiguous_format)
         return grads
@@ -285,7 +295,7 @@ class DropoutNormGradients(Gradients):
 
     def like(self, name: str, grad_y: Tensor | None, grad_z: Tensor | None) -> Tensor:
         if name in ("z", "x"):
-            return self.z.new_empty(self.z.shape)
+            return self.z.new_empty(self.z.shape, dtype=self.x_dtype if name == "x" else None)
         return self.z.new_empty(self.settings.row_of(self.z), dtype=accumulation_dtype(self.settings.dtype_of(self.z)))
 
 

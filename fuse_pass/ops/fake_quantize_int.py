@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fuse_pass.numerics import rounding as core
 from fuse_pass.numerics.rounding import Carrier, Grid
+from fuse_pass.numerics.tensors import quotient
 from fuse_pass.ops.arguments import Seed
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register
 from fuse_pass.ops.straight_through import clip_gradient
@@ -57,6 +58,8 @@ class IntRounding:
 
 @dataclass(frozen=True)
 class FakeQuantizeInt(FusedOp):
+    exact_quotients = True
+
     x: Tensor
     scale: Tensor
     zero_point: Tensor | None
@@ -66,7 +69,7 @@ class FakeQuantizeInt(FusedOp):
     def forward(self) -> Tensor:
         carrier, low, high = core.compute_carrier(self.x.dtype), self.how.quant_min, self.how.quant_max
         step = self.scale.to(carrier.dtype)
-        q = round_to_multiples(self.x.to(carrier.dtype) / step, carrier, 0, self.how.rounding, self.seed)
+        q = round_to_multiples(quotient(self.x.to(carrier.dtype), step), carrier, 0, self.how.rounding, self.seed)
         if self.zero_point is None:
             return (q.clamp(low, high) * step).to(self.x.dtype)
         zero = self.zero_point.to(carrier.dtype)

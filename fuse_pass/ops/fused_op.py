@@ -55,12 +55,14 @@ class FusedOp(Arguments):
         recompute: what the op computes between its products is computed again in backward rather than stored.
         stores_what_it_keeps: what the op stores once (`compat.stored_once`) is computed for certain, and so may be kept
             for backward; what others store may be an input of the graph.
+        exact_quotients: graphs with the op divide as IEEE 754 says, on a GPU too (`numerics.tensors.quotient`).
         autocast: the device types on which autocast changes the arguments or the result.
     """
 
     results: ClassVar[tuple[str, ...]] = ("y",)
     recompute: ClassVar[bool] = False
     stores_what_it_keeps: ClassVar[bool] = False
+    exact_quotients: ClassVar[bool] = False
     autocast: ClassVar[tuple[str, ...]] = ()
 
     def forward(self) -> Any:
@@ -140,6 +142,7 @@ class Gradients(Arguments):
 
 
 _DECLARATIONS: dict[str, type[FusedOp]] = {}
+_BACKWARD: set[str] = set()
 _OPERATORS: dict[type[FusedOp], private.OpOverload] = {}
 _INFERENCE: dict[type[FusedOp], type[FusedOp]] = {}
 _AUTOGRAD: dict[private.OpOverload, _Autograd] = {}
@@ -150,6 +153,11 @@ def declaration_of(target: Any) -> type[FusedOp] | None:
     # By name: a graph may carry a copy of an op, and what users call has not chosen an overload yet.
     is_op = isinstance(target, (private.OpOverload, private.OpOverloadPacket))
     return _DECLARATIONS.get(str(target).removesuffix(".default")) if is_op else None
+
+
+def is_backward(target: Any) -> bool:
+    """Whether an op computes the gradients of one of ours."""
+    return str(target).removesuffix(".default") in _BACKWARD
 
 
 def operator_of(op: type[FusedOp], *, inference: bool = False) -> private.OpOverload:
@@ -225,6 +233,7 @@ def _register_backward(name: str, gradients: type[Gradients]) -> private.OpOverl
 
     results = ", ".join(["Tensor"] * len(gradients.of))
     made = define(name, f"({', '.join(parts)}) -> ({results})", body, fake)
+    _BACKWARD.add(f"fuse_pass.{name}")
     if gradients.is_under_autocast:
         for device_type in ("cpu", "cuda"):
             define_autocast(made, device_type, lambda op, *args: op(*args))

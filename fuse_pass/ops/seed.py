@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fuse_pass.inductor import compat
+from fuse_pass.inductor import compat, private
 from fuse_pass.ops.library import LIBRARY, define
 
 
@@ -21,6 +23,12 @@ seed = define(
     fake=lambda *, device: torch.empty((), dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+
+
+def is_draw(target: Any) -> bool:
+    """Whether what a node of a graph calls is `seed`."""
+    is_op = isinstance(target, (private.OpOverload, private.OpOverloadPacket))
+    return is_op and str(target).removesuffix(".default") == "fuse_pass.seed"
 
 
 def _take(seed: Tensor, *, device: torch.device) -> Tensor:

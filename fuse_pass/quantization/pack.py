@@ -132,20 +132,20 @@ def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decli
     if isinstance(module, QuantizedLayer):
         return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
     if type(module) is not nn.Linear or spec is None:
-        weight = module._parameters.get("weight")
+        weight = private.parameters_of(module).get("weight")
         has_weight = weight is not None and weight.dim() > 1
         if spec is None or not has_weight:
             return module, None
         return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
-    if module._parameters.get("weight") is None:
+    if private.parameters_of(module).get("weight") is None:
         return module, (Reason.NO_QUANTIZED_LAYER, "its weight is computed (parametrized, pruned)")
     return PackedLinear.from_float(module, spec), None
 
 
 def _of_bit_linear(layer: BitLinear) -> PackedLinear:
-    source = layer if layer.is_packed else copy.copy(layer)
+    source = layer
     if not layer.is_packed:
-        source._parameters, source._buffers = dict(layer._parameters), dict(layer._buffers)
+        source = private.with_own_tensors(layer)
         source.pack()
     assert source.weight_packed is not None
     assert source.weight_scale is not None
@@ -157,8 +157,7 @@ def _of_bit_linear(layer: BitLinear) -> PackedLinear:
 def _of_int8_linear(layer: Int8Linear) -> PackedLinear:
     source = layer
     if not layer.is_quantized:
-        source = copy.copy(layer)
-        source._parameters, source._buffers = dict(layer._parameters), dict(layer._buffers)
+        source = private.with_own_tensors(layer)
         source.quantize_()
     assert source.weight_scale is not None
     spec = PackSpec("llm_int8", threshold=layer.threshold)

@@ -352,17 +352,18 @@ OPCHECKS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     **{
         f"backward {case}": (
             ops.dropout_norm_backward,
-            lambda grads=grads, wanted=wanted: (
+            lambda grads=grads, x_dtype=x_dtype, wanted=wanted: (
                 *(torch.randn(3, 5, 24) if given else None for given in grads),
-                *(torch.randn(3, 5, 24), _STATISTICS, torch.ones(24), *settings()),
+                *(torch.randn(3, 5, 24), _STATISTICS, torch.ones(24), x_dtype, *settings()),
                 wanted,
             ),
         )
-        for case, grads, wanted in (
-            ("of all", (True, True), [True] * 4),
-            ("of y alone", (True, False), [True, False, False, False]),
-            ("of z alone", (False, True), [True, True, True, True]),
-            ("of z alone for x", (False, True), [False, True, False, False]),
+        for case, grads, x_dtype, wanted in (
+            ("of all", (True, True), None, [True] * 4),
+            ("of all, x in its own dtype", (True, True), torch.bfloat16, [True] * 4),
+            ("of y alone", (True, False), None, [True, False, False, False]),
+            ("of z alone", (False, True), None, [True, True, True, True]),
+            ("of z alone for x", (False, True), None, [False, True, False, False]),
         )
     },
 }

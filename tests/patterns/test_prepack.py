@@ -166,3 +166,12 @@ def test_the_option_may_be_given_to_torch_compile(monkeypatch: pytest.MonkeyPatc
         with torch.no_grad(), fuse_pass.collect() as report:
             torch.compile(model, backend="fuse_pass", options=options)(x)
         assert report.counts() == counts
+
+
+def test_elsewhere_it_says_that_it_does_nothing() -> None:
+    """On the meta device, as on a GPU."""
+    with pytest.warns(RuntimeWarning, match="prepack=True does nothing"):
+        elsewhere = found(nn.Linear(8, 8, device="meta"), torch.empty(2, 8, device="meta"))
+    (note,) = elsewhere.report.notes
+    assert "on a CPU" in str(note)
+    assert found(nn.Linear(8, 8), torch.ones(2, 8)).report.notes == []
