@@ -73,7 +73,7 @@ def _compared(function: Callable[..., Tensor], inputs: Mapping[str, Any], device
         wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
         return [y.detach(), *torch.autograd.grad(y.sum(), wanted)]
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(function, backend=FuseBackend(strict=True))
     with fuse_pass.collect() as report:
         ours = run(compiled, torch.float32)
@@ -196,7 +196,7 @@ def layers(scale: Scale) -> Iterator[Row]:
 
 def _losses(layer: nn.Module, backend: Any, x: Tensor, dtype: torch.dtype) -> list[float]:
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     target, compiled = torch.randn_like(x), torch.compile(layer, backend=backend)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(x.device.type, enabled=dtype is torch.float16 and x.device.type == "cuda")
@@ -241,7 +241,7 @@ def low_precision(scale: Scale) -> Iterator[Row]:
 
 
 def _contenders(scale: Scale, model: nn.Module, **options: Any) -> dict[str, Callable[..., Any]]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     found: dict[str, Callable[..., Any]] = {
         "ours": torch.compile(model, backend=FuseBackend(strict=True, **options)),
         "stock": torch.compile(model),
