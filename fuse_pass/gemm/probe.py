@@ -156,6 +156,13 @@ def _is_clearly_wrong(question: Question, break_even: int | None, gain: float) -
     return gain < question.min_gain / CLEAR
 
 
+def is_faster(one: Callable[[], torch.Tensor], other: Callable[[], torch.Tensor]) -> bool:
+    """Whether the first of two ways to compute the same is the faster one here and now."""
+    with quiet():
+        seconds, seconds_of_other = _seconds_per_product([one], [other])
+    return seconds < seconds_of_other
+
+
 def _gain(aten: _Products, onednn_s: _Products) -> float:
     by_aten, by_onednn = _seconds_per_product(aten, onednn_s, repeats=2)
     return by_aten / by_onednn

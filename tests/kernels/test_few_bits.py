@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuse_pass.gemm import integers
 from fuse_pass.inductor.cpp_compiler import cpp_compiler
 from fuse_pass.kernels import build, few_bits
 
@@ -132,6 +133,22 @@ def test_what_is_not_finite_spoils_its_row_only(value: float, kernels: str) -> N
     y = few_bits.float_product(x, few_bits.pack(codes, 4), SIGNED, scale, None, 33, 4)
     assert torch.isfinite(y[[0, 2]]).all()
     assert not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("inner", [96, 7])
+def test_many_rows_are_exact_by_either_product(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build.library() is None or not integers.cpu_int_mm_is_exact():
+        pytest.skip("there is one product only")
+    codes, rows = codes_of(37, inner, 8), 300
+    a = torch.randint(-128, 128, (rows, inner), dtype=torch.int8)
+    asked = []
+    for faster in (True, False):
+        monkeypatch.setattr(few_bits, "_int_mm_is_faster", lambda faster=faster: asked.append(faster) or faster)
+        y = few_bits.integer_product(a, few_bits.pack(codes, 8), 37, 8)
+        assert torch.equal(y.long(), a.long() @ codes.long().t())
+    assert asked == [True, False]
+    few_bits.integer_product(a[:255], few_bits.pack(codes, 8), 37, 8)
+    assert asked == [True, False], "with few rows nobody asks"
 
 
 def test_threads_compute_the_same(kernels: str) -> None:
