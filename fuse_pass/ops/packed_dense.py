@@ -88,6 +88,9 @@ def integers_of(codes: Tensor, kind: str) -> Tensor:
 
 def _integer_sums(a: Tensor, words: Tensor, columns: int, kind: str, bits: int) -> Tensor:
     """`Σ a W̃`, int32 `[rows, columns]`, for int8 a."""
+    if a.device.type != "cpu":  # in the open: Inductor unpacks where it multiplies, or into int8 for a library
+        codes = few_bits.unpack(words, columns, a.shape[1], bits)
+        return product(a, integers_of(codes, kind).to(torch.int8))
     sums: Tensor = integer_product(a, words, columns, bits)
     of_rows = a.sum(1, dtype=torch.int32).unsqueeze(1)
     return sums * 2 - of_rows if kind == "b1" else sums - _OFFSETS[kind] * of_rows
@@ -145,6 +148,9 @@ class PackedDense(FusedOp):
             return product(x, _real_weight(self, x.shape[1]).to(x.dtype))
         table = _no_table(x) if self.table is None else self.table
         padded = self.words.shape[1] * (32 // self.bits)
+        if x.device.type != "cpu":
+            arguments = (self.words, table, self.scale, self.shift, self.columns, x.shape[1], self.bits)
+            return product(x, few_bits.float_weight(*arguments))
         x = F.pad(x, (0, padded - x.shape[1])) if isinstance(x.shape[1], int) and x.shape[1] < padded else x
         return float_product(x, self.words, table, self.scale, self.shift, self.columns, self.bits)  # type: ignore[no-any-return]
 

@@ -41,7 +41,7 @@ def locked(path: Path) -> Iterator[None]:
 def library(shared_folder: Path) -> Path:
     """The hooks, compiled."""
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton, without its dependencies: pip install 'fuse_pass[cuda-check]'")
+        pytest.skip("needs triton: pip install 'fuse_pass[cuda-check]'")
     if torch.version.cuda is not None:
         pytest.skip("pretends a CUDA device for a build of PyTorch without CUDA; this one has it")
     if hooks.compiler() is None:

@@ -10,7 +10,7 @@ import torch
 
 from fuse_pass.gemm import integers, measured, onednn, probe
 from fuse_pass.gemm.problem import GemmProblem
-from fuse_pass.gemm.providers import PROVIDERS, best
+from fuse_pass.gemm.providers import PROVIDERS, IntegerSums, best
 from fuse_pass.inductor import compat
 
 CPU = torch.device("cpu")
@@ -143,3 +143,20 @@ def test_what_nobody_multiplies_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("fuse_pass.gemm.providers.PROVIDERS", ())
     with pytest.raises(ValueError, match=r"expected a product of .* int8 matrices, got .*torch\.float32"):
         chosen(torch.float32, LARGE)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, "integer_sums"), (4, "integer_sums"), (5, "integers_in_float32")])
+def test_few_rows_of_integers_on_a_gpu_are_summed_in_a_loop(rows: int, expected: str) -> None:
+    """Of a graph: run one by one, the calls would store every product."""
+    gpu, sizes = torch.device("cuda"), (rows, 64, 64)
+    assert best(GemmProblem(gpu, torch.int8, sizes)).name == expected
+    assert best(GemmProblem(gpu, torch.int8, sizes, in_graph=False)).name == "integers_in_float32"
+    assert best(GemmProblem(gpu, torch.int8, (8192, 64, 64))).name == "int_mm"
+
+
+def test_integer_sums_are_exact() -> None:
+    a, b = (torch.randint(-127, 128, (rows, 4099), dtype=torch.int8) for rows in (4, 7))
+    a[0], b[0] = 127, -127
+    sums = IntegerSums().run(a, b, None, None)
+    assert sums.dtype is torch.int32
+    assert torch.equal(sums.long(), a.long() @ b.long().t())

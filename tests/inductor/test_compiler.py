@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 
-from fuse_pass.inductor import compiler
+from fuse_pass.inductor import compat, compiler, private
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,26 @@ def test_compiler_takes_options_and_patches() -> None:
     assert compiler.inductor_compiler("max-autotune-no-cudagraphs", None).config["max_autotune"] is True
     with pytest.raises(RuntimeError):
         compiler.inductor_compiler(None, {"no_such_option": 1})
+
+
+def test_a_limit_that_the_user_has_chosen_stays() -> None:
+    name = "realize_opcount_threshold"
+    assert compiler.room_for_masks({}) == {name: 60}
+    assert compiler.room_for_masks({name: 100}) == {}
+    with inductor_config.patch({name: 45}):
+        assert compiler.room_for_masks({}) == {}
+
+
+def test_settings_for_a_gpu_are_settings_of_inductor() -> None:
+    """With them, and where nothing is compiled, quotients are exact."""
+    settings, found = {**compiler.room_for_masks({}), **compiler.EXACT_QUOTIENTS}, []
+    assert all(map(compiler.is_inductor_option, settings))
+
+    def recorded(x: torch.Tensor) -> torch.Tensor:
+        found.append(compat.rounds_quotients())
+        return x + 1
+
+    private.make_fx(recorded)(torch.ones(1))
+    with inductor_config.patch(settings):
+        private.make_fx(recorded)(torch.ones(1))
+    assert [*found, compat.rounds_quotients()] == [False, True, True]

@@ -71,7 +71,7 @@ def _compared(function: Callable[..., Tensor], inputs: Mapping[str, Any], device
         torch.manual_seed(0)
         y = call(*args)
         wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
-        return [y.detach(), *torch.autograd.grad(y.sum(), wanted)]
+        return [y.detach(), *torch.autograd.grad(y.sum(), wanted, materialize_grads=True)]
 
     torch.compiler.reset()
     compiled = torch.compile(function, backend=FuseBackend(strict=True))
