@@ -23,7 +23,12 @@ import json, sys
 import torch
 from torch import nn
 import fuse_pass
+from fuse_pass.gemm import probe
 from torch._dynamo.utils import counters
+
+# Answers that are the same in every process, however busy the machine is.
+probe.ask = lambda question: [probe.Round(0.5, None)]
+probe.contradicts = lambda question, break_even: False
 
 class Block(nn.Module):
     def __init__(self):
