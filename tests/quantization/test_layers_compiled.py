@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fuse_pass.numerics.rounding import ROUNDINGS, STOCHASTIC
 from fuse_pass.numerics.spec import QuantSpec, Site
-from fuse_pass.quantization.functional import fake_quantize
+from fuse_pass.quantization.functional import fake_quantize, quantize_at
 from fuse_pass.quantization.layers import (
     LAYER_FOR,
     QuantizedBatchNorm1d,
@@ -23,6 +23,7 @@ from fuse_pass.quantization.layers import (
     QuantizedLSTM,
     QuantizedRNN,
     base,
+    embedding,
 )
 from tests.quantization.samples import SAMPLES, Sample
 
@@ -191,8 +192,8 @@ class StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-def by_definition(x: Tensor, *args: Any, **options: Any) -> Tensor:
-    result: Tensor = StraightThrough.apply(x, fake_quantize(x.detach(), *args, **options))
+def by_definition(site: Site | None, x: Tensor, *qparams: Tensor | None) -> Tensor:
+    result: Tensor = StraightThrough.apply(x, quantize_at(site, x.detach(), *qparams))
     return result
 
 
@@ -201,7 +202,8 @@ def test_gradients_are_straight_through_in_every_mode(sample: Sample, monkeypatc
     ours, inputs = InModes(sample), sample.inputs()
     theirs = copy.deepcopy(ours)
     got = step(ours.layers, ours, inputs)
-    monkeypatch.setattr(base, "fake_quantize", by_definition)
+    for module in (base, embedding):
+        monkeypatch.setattr(module, "quantize_at", by_definition)
     assert differences(got, step(theirs.layers, theirs, inputs)) == []
     assert any(bool(value.any()) for found in got for name, value in found.items() if name.startswith("grad"))
 
