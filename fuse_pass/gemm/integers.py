@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from fuse_pass.gemm.probe import quiet
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.inductor import compat
 from fuse_pass.numerics.formats import IntFormat
@@ -39,7 +40,7 @@ def cpu_int_mm_is_exact() -> bool:
     int_mm = compat.int_mm()
     if int_mm is None or not torch.backends.mkldnn.is_available():
         return False
-    with compat.disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with quiet():
         for rows in (1, 20):
             for sign in (1, -1):
                 a = torch.full((rows, 64), QMAX, dtype=torch.int8)

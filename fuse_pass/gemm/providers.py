@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -30,7 +31,6 @@ _PASS = 0.1
 # 1.5 times (it transposes both operands first).
 _MIN_ROWS, _MIN_COLUMNS, _MIN_COLUMNS_OF_GRADIENT, _MIN_INNER = 3, 4, 64, 2
 
-
 # Rows up to which sums are faster. Two and more pay from so many elements of b on; a single row always does, but for
 # sizes that Inductor knows itself.
 _MAX_ROWS_OF_SUMS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
@@ -42,6 +42,8 @@ _MAX_ROWS_OF_INTEGER_SUMS = 4
 # Rows from which converting a `[columns, inner]` bfloat16 weight to float32 pays. On an AMD Zen 3 it is 5 (16 take a
 # third of the time); a busy Xeon that was told to use AVX2 alone lost 17 to 45 % at 16 and was even at 32.
 _MIN_ROWS_VIA_FLOAT32 = 16
+# Sums, where there are so few rows that they serve, read a weight of half the size and convert it on the way.
+_VIA_FLOAT32 = 0.7
 
 # Elements of a weight from which a packed copy saves more than it takes to see that the weight has not changed (30 us).
 _MIN_ELEMENTS_PACKED = 1 << 19
@@ -151,11 +153,7 @@ class OneDNN:
         return _OWN / probe.MIN_GAIN + _pass_of(problem)
 
     def run(self, a: Tensor, b: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
-        if not self.computes_activation or epilogue is None:
-            return _followed_by(epilogue, torch.ops.fuse_pass.gemm(a, b, bias, "none", [], ""))
-        attribute, algorithm = _post_op(epilogue)
-        y: Tensor = torch.ops.fuse_pass.gemm(a, b, bias, attribute, list(epilogue.arguments), algorithm)
-        return y
+        return _by_onednn(torch.ops.fuse_pass.gemm, (a, b, bias), epilogue, fused=self.computes_activation)
 
 
 class Packed:
@@ -189,11 +187,7 @@ class Packed:
         return 0.5 + (0.0 if self.computes_activation else _pass_of(problem))
 
     def run(self, a: Tensor, b: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
-        if not self.computes_activation or epilogue is None:
-            return _followed_by(epilogue, torch.ops.fuse_pass.gemm_prepacked(a, b, bias, "none", [], ""))
-        attribute, algorithm = _post_op(epilogue)
-        y: Tensor = torch.ops.fuse_pass.gemm_prepacked(a, b, bias, attribute, list(epilogue.arguments), algorithm)
-        return y
+        return _by_onednn(torch.ops.fuse_pass.gemm_prepacked, (a, b, bias), epilogue, fused=self.computes_activation)
 
 
 class ViaFloat32:
@@ -211,15 +205,14 @@ class ViaFloat32:
         return problem.device.type == "cpu" and is_half and not compat.has_fast_cpu_dtype(problem.dtype)
 
     def cost(self, problem: GemmProblem) -> float:
+        cost = _VIA_FLOAT32 + _pass_of(problem)
         if problem.dtype is torch.float16:
-            return 0.1
+            return cost
         if problem.flop is not None and problem.flop < probe.MIN_FLOP:
             return math.inf
-        if problem.both_transposed or problem.column_major:
-            return 0.5 + _pass_of(problem)
         rows, _, _ = problem.hints
         is_worth_it = rows is None or rows >= _MIN_ROWS_VIA_FLOAT32
-        return 0.5 + _pass_of(problem) if is_worth_it else math.inf
+        return cost if is_worth_it or problem.both_transposed or problem.column_major else math.inf
 
     def run(self, a: Tensor, b: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
         wide = a.float(), b.float()
@@ -326,7 +319,15 @@ def _followed_by(epilogue: Epilogue | None, y: Tensor) -> Tensor:
     return y if epilogue is None else epilogue(y)
 
 
-def _post_op(epilogue: Epilogue) -> tuple[str, str]:
-    post_op = epilogue.row.post_op
-    assert post_op is not None  # `supports` has looked
-    return post_op
+def _by_onednn(
+    op: Callable[..., Tensor],
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    epilogue: Epilogue | None,
+    *,
+    fused: bool,
+) -> Tensor:
+    if not fused or epilogue is None:
+        return _followed_by(epilogue, op(*operands, "none", [], ""))
+    assert epilogue.row.post_op is not None  # `supports` has looked
+    attribute, algorithm = epilogue.row.post_op
+    return op(*operands, attribute, list(epilogue.arguments), algorithm)

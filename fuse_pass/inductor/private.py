@@ -49,6 +49,7 @@ __all__ = [
     "parameters_of",
     "prims",
     "share_source",
+    "take_hooks",
     "tree_leaves",
     "tree_map",
     "uncompiled",
@@ -127,6 +128,25 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything but `forward` runs when a module is called."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def take_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Gives a module the hooks of another, in front of those of its own, but for the ones that it has already."""
+    for name in _HOOKS:
+        own, taken = getattr(module, name), getattr(other, name)
+        setattr(module, name, type(own)({**taken, **own}))
+    module._is_full_backward_hook = other._is_full_backward_hook
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

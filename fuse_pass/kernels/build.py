@@ -89,7 +89,7 @@ def _compile(command: list[str], path: Path) -> None:
 
 def _say_without(why: str) -> None:
     warnings.warn(
-        f"fuse_pass: packed weights are multiplied by plain PyTorch, many times slower: {why}",
+        f"fuse_pass: packed weights are multiplied by plain PyTorch, which unpacks them in every call: {why}",
         RuntimeWarning,
         stacklevel=3,
     )

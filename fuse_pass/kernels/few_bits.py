@@ -73,7 +73,8 @@ def pack_columns(values: Tensor) -> Tensor:
 
 def unpack_columns(values: Tensor, columns: int) -> Tensor:
     """`[tiles, groups, 16] → [columns, groups]`."""
-    return values.transpose(1, 2).reshape(-1, values.shape[1])[:columns]
+    tiles, groups, _ = values.shape
+    return values.transpose(1, 2).reshape(tiles * TILE, groups)[:columns]
 
 
 def integer_product(a: Tensor, words: Tensor, columns: int, bits: int) -> Tensor:
@@ -177,6 +178,8 @@ def float_product(
     needed = words.shape[1] * (32 // bits)
     if padded_inner(inner, bits) != needed:
         raise ValueError(f"float_product: expected {needed} columns of x for these weights, got {inner}")
+    if needed == 0:  # there are no groups either
+        return x.new_zeros(rows, columns)
     library = build.library() if x.device.type == "cpu" else None
     if library is None:
         return x @ float_weight(words, table, scale, shift, columns, inner, bits).t()
@@ -199,13 +202,16 @@ def float_weight(
     words: Tensor, table: Tensor, scale: Tensor, shift: Tensor | None, columns: int, inner: int, bits: int
 ) -> Tensor:
     """The weight `[columns, inner]` that the arguments of `float_product` stand for, float32."""
-    codes = unpack(words, columns, words.shape[1] * (32 // bits), bits)  # whole groups
+    groups, padded = scale.shape[1], words.shape[1] * (32 // bits)
+    if padded == 0:  # there are no groups either
+        return scale.new_zeros(columns, 0)
+    codes = unpack(words, columns, padded, bits)
     values = codes.view(torch.int8).float() if bits == 8 else table[codes.int()]
-    grouped = values.view(columns, scale.shape[1], -1)
+    grouped = values.view(columns, groups, padded // groups)
     weight = grouped * unpack_columns(scale, columns).unsqueeze(-1)
     if shift is not None:
         weight = weight - unpack_columns(shift, columns).unsqueeze(-1)
-    return weight.view(columns, -1)[:, :inner]
+    return weight.view(columns, padded)[:, :inner]
 
 
 # Products of fewer operations are computed by one thread: waking another takes some microseconds.

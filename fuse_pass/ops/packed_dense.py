@@ -14,7 +14,7 @@ Sums of integers are exact. Sums of weight_only are float32, for float64 x float
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,11 @@ from fuse_pass.inductor import private
 from fuse_pass.kernels import few_bits
 from fuse_pass.numerics.bit_codes import VARIANTS, activation_codes
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
-from fuse_pass.ops.fused_op import FusedOp, Gradients, register
+from fuse_pass.ops.arguments import Arguments
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
 from fuse_pass.ops.library import cast_for_autocast, define
 from fuse_pass.ops.llm_int8 import quantize_rows
+from fuse_pass.ops.plain import are_transformed
 
 WEIGHT_ONLY, INT8, LLM_INT8 = "weight_only", "int8", "llm_int8"
 KINDS = (INT8, LLM_INT8, WEIGHT_ONLY, *VARIANTS)
@@ -51,10 +53,7 @@ float_product = define(
 
 
 def _outlier_product(outliers: Tensor, words: Tensor, scale: Tensor) -> Tensor:
-    """`outliers [rows, d_in] @ Ŵ.T`, of which few columns, or none, are anything but zeros: only those are multiplied.
-
-    NaN is not zero.
-    """
+    """`outliers [rows, d_in] @ Ŵ.T`; few columns, or none, hold anything but zeros (NaN is not 0): only those count."""
     which = (outliers != 0).any(0).nonzero().squeeze(1)
     if which.numel() == 0:
         return outliers.new_zeros(outliers.shape[0], scale.shape[0])
@@ -86,14 +85,56 @@ def integers_of(codes: Tensor, kind: str) -> Tensor:
     return codes.to(torch.int16) * (2 if kind == "b1" else 1) - _OFFSETS[kind]
 
 
-def _integer_sums(a: Tensor, words: Tensor, columns: int, kind: str, bits: int) -> Tensor:
-    """`Σ a W̃`, int32 `[rows, columns]`, for int8 a."""
-    if a.device.type != "cpu":  # in the open: Inductor unpacks where it multiplies, or into int8 for a library
-        codes = few_bits.unpack(words, columns, a.shape[1], bits)
-        return product(a, integers_of(codes, kind).to(torch.int8))
-    sums: Tensor = integer_product(a, words, columns, bits)
-    of_rows = a.sum(1, dtype=torch.int32).unsqueeze(1)
-    return sums * 2 - of_rows if kind == "b1" else sums - _OFFSETS[kind] * of_rows
+@dataclass(frozen=True)
+class PackedWeight(Arguments):
+    """Ŵ `[columns, d_in]` as it is kept.
+
+    Attributes:
+        words: as `few_bits.pack` packs codes.
+        scale: see the top of this file.
+        shift: likewise.
+        table: likewise; None for codes that are integers.
+        kind: one of `KINDS`.
+        bits: of a code.
+        columns: d_out.
+    """
+
+    words: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    table: Tensor | None
+    kind: str
+    bits: int
+    columns: int
+
+    def real(self, inner: int) -> Tensor:
+        """Ŵ for d_in = `inner`, in the dtype of the scale."""
+        if self.kind == WEIGHT_ONLY:
+            return few_bits.float_weight(*self.looked_up(), self.columns, inner, self.bits)
+        codes = few_bits.unpack(self.words, self.columns, inner, self.bits)
+        return integers_of(codes, self.kind).to(self.scale.dtype) * self.scale.unsqueeze(1)
+
+    def looked_up(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Words, table, scale and shift, as the float products take them: codes of 8 bits read no table."""
+        table = self.scale.new_zeros(16) if self.table is None else self.table
+        return self.words, table, self.scale, self.shift
+
+    def integer_sums(self, a: Tensor) -> Tensor:
+        """`Σ a W̃`, int32 `[rows, columns]`, for int8 a."""
+        if a.device.type != "cpu":  # in the open: Inductor unpacks where it multiplies, or into int8 for a library
+            codes = few_bits.unpack(self.words, self.columns, a.shape[1], self.bits)
+            return product(a, integers_of(codes, self.kind).to(torch.int8))
+        sums: Tensor = integer_product(a, self.words, self.columns, self.bits)
+        of_rows = a.sum(1, dtype=torch.int32).unsqueeze(1)
+        return sums * 2 - of_rows if self.kind == "b1" else sums - _OFFSETS[self.kind] * of_rows
+
+    def float_sums(self, x: Tensor) -> Tensor:
+        """`Σ x Ŵ`, `[rows, columns]`, for float32 or float64 x."""
+        if x.dtype is torch.float64 or x.device.type != "cpu":
+            return product(x, self.real(x.shape[1]).to(x.dtype))
+        missing = self.words.shape[1] * (32 // self.bits) - x.shape[1]  # of the last group of inputs
+        x = F.pad(x, (0, missing)) if missing else x
+        return float_product(x, *self.looked_up(), self.columns, self.bits)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -103,59 +144,40 @@ class PackedDense(FusedOp):
     autocast = ("cpu", "cuda")
 
     x: Tensor
-    words: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    table: Tensor | None
+    weight: PackedWeight
     bias: Tensor | None
-    kind: str
-    bits: int
-    columns: int
     threshold: float
 
     def cast_result(self, y: Tensor, device_type: str) -> Tensor:
         return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
-        x = rows_of(self.x)
-        if self.kind == WEIGHT_ONLY:
-            y = self._by_weight_only(x.to(accumulation_dtype(x.dtype)))
-        elif self.kind in VARIANTS:
-            codes, step = activation_codes(x, self.kind)
-            sums = _integer_sums(codes.to(torch.int8), self.words, self.columns, self.kind, self.bits)
-            wide = accumulation_dtype(torch.promote_types(x.dtype, self.scale.dtype))
-            y = sums.to(wide) * step.to(wide) * self.scale
+        x, weight = rows_of(self.x), self.weight
+        if weight.kind == WEIGHT_ONLY:
+            y = weight.float_sums(x.to(accumulation_dtype(x.dtype)))
+        elif weight.kind in VARIANTS:
+            codes, step = activation_codes(x, weight.kind)
+            wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
+            y = weight.integer_sums(codes.to(torch.int8)).to(wide) * step.to(wide) * weight.scale
         else:
             y = self._by_int8(x.to(accumulation_dtype(x.dtype)))
         y = y if self.bias is None else y + self.bias
         # No view for autograd: users may write into the result of a layer.
-        return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], self.columns))
+        return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], weight.columns))
 
     def _by_int8(self, x: Tensor) -> Tensor:
-        outliers = None
-        if self.kind == LLM_INT8 and self.threshold > 0:
+        weight, outliers = self.weight, None
+        if weight.kind == LLM_INT8 and self.threshold > 0:
             is_outlier = (x.abs() > self.threshold).any(0)
             # Selected, not multiplied by 0 and 1: an infinity is an outlier as well, and 0 · inf is NaN.
             outliers, x = torch.where(is_outlier, x, 0.0), torch.where(is_outlier, 0.0, x)
         steps, row_scale = quantize_rows(x)
-        sums = _integer_sums(steps, self.words, self.columns, self.kind, self.bits)
         # In this order nothing overflows that does not overflow in the result.
-        y = sums.to(x.dtype) * self.scale * row_scale[:, None]
-        return y if outliers is None else y + outlier_product(outliers, self.words, self.scale)
-
-    def _by_weight_only(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float64:
-            return product(x, _real_weight(self, x.shape[1]).to(x.dtype))
-        table = _no_table(x) if self.table is None else self.table
-        padded = self.words.shape[1] * (32 // self.bits)
-        if x.device.type != "cpu":
-            arguments = (self.words, table, self.scale, self.shift, self.columns, x.shape[1], self.bits)
-            return product(x, few_bits.float_weight(*arguments))
-        x = F.pad(x, (0, padded - x.shape[1])) if isinstance(x.shape[1], int) and x.shape[1] < padded else x
-        return float_product(x, self.words, table, self.scale, self.shift, self.columns, self.bits)  # type: ignore[no-any-return]
+        y = weight.integer_sums(steps).to(x.dtype) * weight.scale * row_scale[:, None]
+        return y if outliers is None else y + outlier_product(outliers, weight.words, weight.scale)
 
     def shapes(self) -> Tensor:
-        return self.x.new_empty((*self.x.shape[:-1], self.columns))
+        return self.x.new_empty((*self.x.shape[:-1], self.weight.columns))
 
 
 @dataclass(frozen=True)
@@ -165,65 +187,44 @@ class PackedDenseGradients(Gradients):
     of = ("x", "bias")
 
     x: Tensor
-    words: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    table: Tensor | None
-    kind: str
-    bits: int
-    columns: int
+    weight: PackedWeight
 
     def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return self._gradients(needed, grad_y, product)
+
+    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        return self._gradients(needed, grad_y, lambda grad, b: grad @ b.t())
+
+    def _gradients(
+        self, needed: Set[str], grad_y: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         dtype = accumulation_dtype(grad_y.dtype)
         grad, grads = rows_of(grad_y).to(dtype), {}
         if "x" in needed:
-            weight = _real_weight(self, self.x.shape[-1]).to(dtype)
-            grads["x"] = product(grad, weight.t()).to(self.x.dtype).view(self.x.shape)
+            weight = self.weight.real(self.x.shape[-1]).to(dtype)
+            grads["x"] = multiply(grad, weight.t()).to(self.x.dtype).view(self.x.shape)
         if "bias" in needed:
             grads["bias"] = grad.sum(0)
         return grads
 
-    def differentiable(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
-        return self.backward(needed, grad_y)
-
     def like(self, name: str, grad_y: Tensor) -> Tensor:
         if name == "bias":
-            return grad_y.new_empty(self.columns, dtype=accumulation_dtype(grad_y.dtype))
+            return grad_y.new_empty(self.weight.columns, dtype=accumulation_dtype(grad_y.dtype))
         return torch.empty_like(self.x, memory_format=torch.contiguous_format)
 
 
-def _no_table(like: Tensor) -> Tensor:
-    """Codes of 8 bits have none."""
-    return like.new_zeros(16)
+packed_dense_op = register("packed_dense", PackedDense, PackedDenseGradients)
+_under_transforms = under_transforms(packed_dense_op)
 
 
-def _real_weight(packed: Any, inner: int) -> Tensor:
-    """Ŵ `[d_out, d_in]` of the arguments of either op."""
-    settings = (packed.kind, packed.bits, inner, packed.columns)
-    return real_weight(packed.words, packed.scale, packed.shift, packed.table, *settings)
-
-
-def real_weight(
-    words: Tensor, scale: Tensor, shift: Tensor | None, table: Tensor | None,
-    kind: str, bits: int, inner: int, columns: int,
-) -> Tensor:  # fmt: skip
-    """Ŵ `[d_out, inner]` in the dtype of the scale: what the packed weight stands for.
+def packed_dense(x: Tensor, weight: Sequence[Any], bias: Tensor | None, threshold: float) -> Tensor:
+    """The op, also inside of `torch.func` transforms.
 
     Args:
-        words: as `few_bits.pack` packs codes.
-        scale: as `PackedDense` has it.
-        shift: likewise.
-        table: likewise.
-        kind: one of `KINDS`.
-        bits: of a code.
-        inner: d_in.
-        columns: d_out.
+        x: `[..., d_in]`, floating point.
+        weight: the arguments of a `PackedWeight`.
+        bias: `[d_out]`.
+        threshold: of "llm_int8".
     """
-    if kind == WEIGHT_ONLY:
-        table = _no_table(scale) if table is None else table
-        return few_bits.float_weight(words, table, scale, shift, columns, inner, bits)
-    codes = few_bits.unpack(words, columns, inner, bits)
-    return integers_of(codes, kind).to(scale.dtype) * scale.unsqueeze(1)
-
-
-packed_dense = register("packed_dense", PackedDense, PackedDenseGradients)
+    op = _under_transforms if are_transformed(x, bias) else packed_dense_op
+    return op(x, *weight, bias, threshold)  # type: ignore[no-any-return]

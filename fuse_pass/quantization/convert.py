@@ -13,20 +13,17 @@ from torch import nn
 from fuse_pass.inductor import private
 from fuse_pass.numerics.formats import Format
 from fuse_pass.numerics.spec import QuantSpec, spec_of
+from fuse_pass.quantization import swapping
 from fuse_pass.quantization.layers import LAYER_FOR, QuantizedLayer
 from fuse_pass.quantization.layers.base import whole_weight
 from fuse_pass.quantization.layers.dropout import Dropping
 from fuse_pass.quantization.layers.int8_linear import HasInt8Weights, Int8Linear
+from fuse_pass.quantization.layers.packed import PackedLinear
 from fuse_pass.quantization.names import NameFilter, Names
 from fuse_pass.report import Decline, Match, Reason, Report, publish
 
 Spec = QuantSpec | Format | str
 LLM_INT8 = "llm_int8"
-# What PyTorch asks before it takes the fast path.
-_FAST_PATH_FLAGS = {
-    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
-    nn.TransformerEncoder: "use_nested_tensor",
-}
 
 
 def convert(
@@ -76,40 +73,10 @@ def convert(
     chosen.require_names_of(model)
     model = model if inplace else copy.deepcopy(model)
     report = Report()
-    twins: dict[int, nn.Module] = {}
-    converted = _converted(model, "", chosen, report, twins)
-    _guard_fast_paths(converted)
+    converted = swapping.swapped(model, lambda module, name: _swapped(module, name, chosen, report))
+    swapping.guard_fast_paths(converted, (QuantizedLayer, Int8Linear, PackedLinear))
     publish(report)
     return converted
-
-
-def _guard_fast_paths(model: nn.Module) -> None:
-    """Keeps PyTorch from running an encoder layer as one call on its bare weights, past its quantised parts."""
-    for module in model.modules():
-        flag = _FAST_PATH_FLAGS.get(type(module))
-        if flag is None:
-            continue
-        kept = f"_{flag}_before_convert"
-        is_quantized = any(isinstance(part, (QuantizedLayer, Int8Linear)) for part in module.modules())
-        if is_quantized and not hasattr(module, kept):
-            setattr(module, kept, getattr(module, flag))
-            setattr(module, flag, False)
-        elif not is_quantized and hasattr(module, kept):
-            setattr(module, flag, getattr(module, kept))
-            delattr(module, kept)
-
-
-def _converted(module: nn.Module, name: str, chosen: _Choice, report: Report, twins: dict[int, nn.Module]) -> nn.Module:
-    if id(module) in twins:
-        return twins[id(module)]
-    new = _swapped(module, name, chosen, report)
-    twins[id(module)] = new
-    if new is module:  # the parts of a replaced layer belong to its arithmetic
-        for child_name, child in list(private.children_of(module).items()):
-            if child is not None:
-                path = f"{name}.{child_name}" if name else child_name
-                private.children_of(module)[child_name] = _converted(child, path, chosen, report, twins)
-    return new
 
 
 def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> nn.Module:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 from torch import nn
 
 from fuse_pass.inductor import private
 from fuse_pass.numerics import bit_codes
+from fuse_pass.quantization import swapping
 from fuse_pass.quantization.layers import QuantizedLayer
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
@@ -57,7 +57,7 @@ def pack(
     names.require_names_of(model)
     report = Report()
 
-    def swapped(module: nn.Module, name: str) -> nn.Module:
+    def swap(module: nn.Module, name: str) -> nn.Module:
         new, decline = _packed(module, chosen) if names.allows(name) else (module, _excluded(module))
         if new is not module:
             report.matches.append(Match("pack", str(getattr(new, "spec", "")), name, "", ""))
@@ -65,7 +65,8 @@ def pack(
             report.declines.append(Decline("pack", *decline, name, "", ""))
         return new
 
-    result = _replaced(model if inplace else copy.deepcopy(model), "", swapped, {})
+    result = swapping.swapped(model if inplace else copy.deepcopy(model), swap)
+    swapping.guard_fast_paths(result, _GUARDED)
     publish(report)
     return result
 
@@ -88,28 +89,16 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpack: expected a torch.nn.Module, got {type(model).__name__}")
 
-    def swapped(module: nn.Module, name: str) -> nn.Module:
+    def swap(module: nn.Module, name: str) -> nn.Module:
         return module.to_float() if isinstance(module, PackedLinear) else module
 
-    return _replaced(model if inplace else copy.deepcopy(model), "", swapped, {})
+    result = swapping.swapped(model if inplace else copy.deepcopy(model), swap)
+    swapping.guard_fast_paths(result, _GUARDED)
+    return result
 
 
-_Swap = Callable[[nn.Module, str], nn.Module]
 _Decline = tuple[Reason, str]
-
-
-def _replaced(module: nn.Module, name: str, swap: _Swap, twins: dict[int, nn.Module]) -> nn.Module:
-    """The module with each layer that `swap` replaces replaced, those inside it included."""
-    if id(module) in twins:
-        return twins[id(module)]
-    new = swap(module, name)
-    twins[id(module)] = new
-    if new is module:
-        for child_name, child in list(private.children_of(module).items()):
-            if child is not None:
-                path = f"{name}.{child_name}" if name else child_name
-                private.children_of(module)[child_name] = _replaced(child, path, swap, twins)
-    return new
+_GUARDED = (PackedLinear, QuantizedLayer, Int8Linear)
 
 
 def _spec_of(spec: PackSpec | str | None) -> PackSpec | None:
@@ -125,21 +114,32 @@ def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decli
     """The packed layer, or the module itself and why it stays; None where that goes without saying."""
     if isinstance(module, PackedLinear):
         return module, (Reason.OVERLAP, "is packed already")
-    if type(module) is BitLinear:
-        return _of_bit_linear(module), None
-    if type(module) is Int8Linear:
-        return _of_int8_linear(module), None
     if isinstance(module, QuantizedLayer):
         return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
-    if type(module) is not nn.Linear or spec is None:
+    kind = type(module)
+    if kind not in (BitLinear, Int8Linear) and (spec is None or kind is not nn.Linear):
         weight = private.parameters_of(module).get("weight")
-        has_weight = weight is not None and weight.dim() > 1
-        if spec is None or not has_weight:
-            return module, None
-        return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
-    if private.parameters_of(module).get("weight") is None:
-        return module, (Reason.NO_QUANTIZED_LAYER, "its weight is computed (parametrized, pruned)")
+        is_asked = spec is not None and (isinstance(module, nn.Linear) or (weight is not None and weight.dim() > 1))
+        return module, (Reason.NO_QUANTIZED_LAYER, f"{kind.__name__} has no packed layer") if is_asked else None
+    if "forward" in vars(module):
+        return module, (Reason.NO_QUANTIZED_LAYER, "its forward was replaced")
+    if not _has_weight_of_its_own(module):
+        return module, (Reason.NO_QUANTIZED_LAYER, "its weight is computed (pruned)")
+    if isinstance(module, BitLinear):
+        return _of_bit_linear(module), None
+    if isinstance(module, Int8Linear):
+        return _of_int8_linear(module), None
+    assert isinstance(module, nn.Linear)
+    assert spec is not None
     return PackedLinear.from_float(module, spec), None
+
+
+def _has_weight_of_its_own(module: nn.Module) -> bool:
+    """A Parameter, or what a layer that is packed or quantised already keeps instead."""
+    names = {*private.parameters_of(module), *private.buffers_of(module)}
+    if isinstance(module, BitLinear) and module.is_packed:
+        return True
+    return "weight" in names
 
 
 def _of_bit_linear(layer: BitLinear) -> PackedLinear:

@@ -84,13 +84,16 @@ class PackSpec:
             ValueError: nothing that `to_bytes` of this version writes.
         """
         try:
-            fields = json.loads(content)
+            fields = dict(json.loads(content))
             version = fields.pop("version")
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"packed_format: expected what fuse_pass.pack writes, got {content[:80]!r}") from error
         if version != _VERSION:
             raise ValueError(f"packed_format: expected version {_VERSION}, got {version!r}; pack the model again")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"packed_format: expected what fuse_pass.pack writes, got {content[:80]!r}") from error
 
 
 # Another number where packed weights of before would be read wrongly.

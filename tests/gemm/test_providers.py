@@ -129,6 +129,18 @@ def test_float16_without_hardware_never_reaches_the_scalar_loop(
     assert chosen(torch.float16, sizes) == "aten"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_in_graphs_a_few_rows_of_half_types_are_sums_without_hardware(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which read the weight as it is; through float32 all of it is converted first, in every call."""
+    monkeypatch.setattr(compat, "has_fast_cpu_dtype", lambda dtype: False)
+    monkeypatch.setattr(compat, "has_vector_loops", lambda: True)
+    for column_major in (False, True):
+        assert best(GemmProblem(CPU, dtype, (rows, 768, 3072), column_major=column_major)).name == "sums"
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_integers_are_multiplied_where_that_is_exact(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integers, "cpu_int_mm_is_exact", lambda: exact)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fuse_pass.gemm.product import product
 from fuse_pass.kernels import few_bits
 from fuse_pass.ops import packed_dense
-from fuse_pass.ops.packed_dense import PackedDense
+from fuse_pass.ops.packed_dense import PackedDense, PackedWeight
 
 BITS = {"int8": 8, "b1.58": 2, "b1": 1}
 
@@ -28,8 +28,9 @@ def test_integer_sums_in_the_open_are_those_of_the_kernel(kind: str, inner: int)
     weight, words = packed(kind, inner)
     a = torch.randint(-127, 128, (3, inner), dtype=torch.int8)
     integers = packed_dense.integers_of(few_bits.unpack(words, 24, inner, BITS[kind]), kind).to(torch.int8)
+    of_packed = PackedWeight(words, torch.ones(24), None, None, kind, BITS[kind], 24)
     assert torch.equal(integers, weight)
-    assert torch.equal(product(a, integers), packed_dense._integer_sums(a, words, 24, kind, BITS[kind]))
+    assert torch.equal(product(a, integers), of_packed.integer_sums(a))
 
 
 @pytest.mark.parametrize("kind", [*BITS, "weight_only"])
@@ -44,8 +45,9 @@ def test_no_call_of_a_kernel_of_the_cpu_is_left(kind: str, monkeypatch: pytest.M
     _, words = packed("int8" if kind == "weight_only" else kind, 64)
     scale = torch.ones(2, 1, 16) if kind == "weight_only" else torch.ones(24)
     x = torch.randn(32, 64)
-    settings = (None, None, None, kind, BITS.get(kind, 8), 24, 0.0)
+    settings = (None, None, kind, BITS.get(kind, 8), 24)
     with pytest.raises(AssertionError, match="a kernel of the CPU"):
-        PackedDense(x, words, scale, *settings).forward()
-    y = PackedDense(x.to("meta"), words.to("meta"), scale.to("meta"), *settings).forward()
+        PackedDense(x, PackedWeight(words, scale, *settings), None, 0.0).forward()
+    on_meta = PackedWeight(words.to("meta"), scale.to("meta"), *settings)
+    y = PackedDense(x.to("meta"), on_meta, None, 0.0).forward()
     assert y.shape == (32, 24)

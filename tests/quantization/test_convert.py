@@ -223,3 +223,9 @@ def test_calibration_gives_dropout_the_scales_of_training() -> None:
     assert model.input_scale == 1
     assert torch.equal(model.eval()(torch.tensor([0.3])), torch.tensor([0.3]))
     assert model.train()(torch.full((50,), 0.7)).unique().tolist() == [0, 2]
+
+
+def test_hooks_stay_on_layers_with_int8_weights() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    model[0].register_forward_hook(lambda module, args, y: y * 0)
+    assert not convert(model, "llm_int8")(torch.randn(2, 8)).any()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import fuse_pass
@@ -161,6 +162,10 @@ def test_foreign_state_dicts_are_named() -> None:
         packed.load_state_dict(linear().state_dict())
     with pytest.raises(RuntimeError, match=r"packed_format: expected PackSpec.*'int8'.*got PackSpec.*'llm_int8'"):
         packed.load_state_dict(packed_of(linear(), PackSpec("llm_int8")).state_dict())
+    for content in (b"[1]", b"3", b'{"version": 1, "nme": 3}', b'{"version": 1, "name": "int7"}'):
+        broken = {**before, "packed_format": torch.frombuffer(bytearray(content), dtype=torch.uint8)}
+        with pytest.raises(RuntimeError, match="expected"):
+            packed.load_state_dict(broken)
     for content, message in (
         (b'{"version": 99}', "expected version 1, got 99"),
         (b"\xff", "expected what fuse_pass.pack"),
@@ -226,6 +231,72 @@ def test_gradients_of_inputs_and_bias(spec: PackSpec) -> None:
     torch.testing.assert_close(packed.bias.grad, grad.sum(0))
 
 
+@pytest.mark.parametrize("name", ["int8_weight_only", "int4_weight_only"])
+def test_second_derivatives(name: str) -> None:
+    packed, x = packed_of(linear(64, 5), PackSpec(name)), torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(packed, (x,))
+
+
+@every_spec
+def test_under_transforms(spec: PackSpec) -> None:
+    packed, x = packed_of(linear(), spec), torch.randn(3, 2, 96)
+    assert torch.equal(torch.vmap(packed)(x), torch.stack([packed(one) for one in x]))
+    gradient = torch.func.grad(lambda one: packed(one).sum())(x)
+    torch.testing.assert_close(gradient, packed.real_weight().sum(0).expand(3, 2, 96), rtol=1e-4, atol=1e-5)
+    jacobian = torch.func.jacrev(packed)(x[0, 0])
+    torch.testing.assert_close(jacobian, packed.real_weight(), rtol=1e-4, atol=1e-5)
+
+
+@every_spec
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_sum_or_to_give(d_in: int, d_out: int, spec: PackSpec) -> None:
+    layer = linear(max(d_in, 1), max(d_out, 1))
+    layer.weight, layer.bias = nn.Parameter(torch.empty(d_out, d_in)), nn.Parameter(torch.ones(d_out))
+    layer.in_features, layer.out_features = d_in, d_out
+    packed = packed_of(layer, spec)
+    assert torch.equal(packed(torch.randn(2, d_in)), torch.ones(2, d_out))
+    assert packed.real_weight().shape == (d_out, d_in)
+
+
+def test_the_fast_path_of_encoders_does_not_read_bare_weights() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 32)
+    packed = pack(encoder, "int8")
+    with torch.no_grad():
+        y, expected = packed(x), encoder(x)
+        assert 0 < (y - expected).norm() < 0.02 * expected.norm(), "packed, and not past the packed layers"
+        assert torch.equal(packed(x), y)
+        back = unpack(packed)
+        assert back.layers[0].activation_relu_or_gelu == encoder.layers[0].activation_relu_or_gelu == 1
+        assert (back(x) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_hooks_stay_on_their_layers() -> None:
+    model, calls = nn.Sequential(linear()), []
+    model[0].register_forward_hook(lambda module, args, y: y * 0)
+    model[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    packed = pack(model, "int8")
+    assert not packed(torch.randn(2, 96)).any()
+    assert not unpack(packed)(torch.randn(2, 96)).any()
+    assert calls == [{}, {}]
+
+
+def test_what_computes_something_else_is_declined() -> None:
+    parametrized, replaced = nn.utils.parametrizations.weight_norm(linear()), linear()
+    replaced.forward = lambda x: x[..., :1]  # type: ignore[method-assign]
+    pruned = [nn.utils.prune.random_unstructured(layer, "weight", 0.5) for layer in (linear(), BitLinear(8, 4))]
+    model = nn.ModuleList([parametrized, replaced, *pruned])
+    with fuse_pass.collect() as report:
+        pack(model, "int8", inplace=True)
+    assert not any(isinstance(layer, PackedLinear) for layer in model.modules())
+    assert {(decline.where, decline.detail) for decline in report.declines} == {
+        ("0", "ParametrizedLinear has no packed layer"),
+        ("1", "its forward was replaced"),
+        ("2", "its weight is computed (pruned)"),
+        ("3", "its weight is computed (pruned)"),
+    }
+
+
 @pytest.mark.slow
 @every_spec
 def test_compiled(spec: PackSpec) -> None:
@@ -239,22 +310,23 @@ def test_compiled(spec: PackSpec) -> None:
                 torch.testing.assert_close(torch.compile(packed, backend=backend)(x), packed(x), rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_dynamically() -> None:
-    packed = pack(nn.Sequential(linear(96, 130), nn.GELU(), linear(130, 40)), "int8")
+@pytest.mark.parametrize("name", ["int8", "int4_weight_only"])
+def test_compiled_dynamically(name: str) -> None:
+    packed = pack(nn.Sequential(linear(100, 130), nn.GELU(), linear(130, 40)), name)
+    torch.compiler.reset()
     compiled = torch.compile(packed, backend=fuse_pass.fuse_backend, dynamic=True)
     with torch.no_grad():
         for rows in (2, 7, 33):
-            x = torch.randn(rows, 96)
+            x = torch.randn(rows, 100)
             torch.testing.assert_close(compiled(x), packed(x), rtol=1e-5, atol=1e-5)
 
 
 @every_spec
 def test_the_op_passes_opcheck(spec: PackSpec) -> None:
     packed = packed_of(linear(), spec)
-    arguments = (packed.words, packed.scale, packed.shift, packed.table, packed.bias)
-    settings = (spec.kind, spec.bits, packed.out_features, spec.threshold)
     x = torch.randn(4, 96, requires_grad=True)
-    torch.library.opcheck(torch.ops.fuse_pass.packed_dense.default, (x, *arguments, *settings))
+    arguments = (x, *packed._weight(), packed.bias, spec.threshold)
+    torch.library.opcheck(torch.ops.fuse_pass.packed_dense.default, arguments)
 
 
 class Shared(nn.Module):

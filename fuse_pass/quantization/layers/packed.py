@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuse_pass.ops.packed_dense import packed_dense, real_weight
+from fuse_pass.ops.packed_dense import PackedWeight, packed_dense
 from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
 
 _FLOATS = ("scale", "shift", "table")
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         # As the op takes them: Dynamo guards what it reads of a spec one by one, in every call.
-        self._settings = (spec.kind, spec.bits, out_features, spec.threshold)
+        self._settings = (spec.kind, spec.bits, out_features)
         self.register_buffer("words", weight.words)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("shift", weight.shift)
@@ -76,14 +76,15 @@ class PackedLinear(nn.Module):
 
     def real_weight(self) -> Tensor:
         """`[out_features, in_features]`, what the codes stand for."""
-        sizes = (self.spec.kind, self.spec.bits, self.in_features, self.out_features)
-        return real_weight(self.words, self.scale, self.shift, self.table, *sizes)
+        return PackedWeight(*self._weight()).real(self.in_features)
+
+    def _weight(self) -> tuple[Any, ...]:
+        return self.words, self.scale, self.shift, self.table, *self._settings
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises what `nn.Linear` raises for a wrong size or dtype."""
+        """In the dtype of x, whatever that of the bias is; raises what `nn.Linear` raises for anything else wrong."""
         self._check_input(x)
-        weight = (self.words, self.scale, self.shift, self.table)
-        return packed_dense(x, *weight, self.bias, *self._settings)  # type: ignore[no-any-return]
+        return packed_dense(x, self._weight(), self.bias, self.spec.threshold)
 
     def _check_input(self, x: Tensor) -> None:
         fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
