@@ -36,17 +36,25 @@ using Codes = __m512i;
 using Four = __m512i;
 inline Sums zero() { return _mm512_setzero_si512(); }
 inline Codes load(const uint32_t* words) { return _mm512_loadu_si512(words); }
-template <int BITS> inline Codes codes(Codes words, int j) {
+template <int BITS>
+inline Codes codes(Codes words, int j) {
     if constexpr (BITS == 8) return words;
     return _mm512_and_si512(_mm512_srli_epi32(words, BITS * j), _mm512_set1_epi8((1 << BITS) - 1));
 }
-template <int BITS> inline Four broadcast(const int8_t* a) {
+template <int BITS>
+inline Four broadcast(const int8_t* a) {
     int32_t four;
     std::memcpy(&four, a, 4);
     return _mm512_set1_epi32(four);
 }
-template <int BITS> inline Sums plus(Sums sums, Codes codes, Four a) { return _mm512_dpbusd_epi32(sums, codes, a); }
-template <int BITS> inline void store(Sums sums, int32_t* y) { _mm512_storeu_si512(y, sums); }
+template <int BITS>
+inline Sums plus(Sums sums, Codes codes, Four a) {
+    return _mm512_dpbusd_epi32(sums, codes, a);
+}
+template <int BITS>
+inline void store(Sums sums, int32_t* y) {
+    _mm512_storeu_si512(y, sums);
+}
 
 #elif LEVEL == 1
 
@@ -61,10 +69,11 @@ inline void store(__m256i sums, int32_t* y, long columns) {
     if (columns > 0) std::memcpy(y, all, sizeof(int32_t) * (columns < 8 ? columns : 8));
 }
 
-// 8-bit codes. A pair of products with int8 leaves int16, so both factors are widened first; the sum of a column is kept
-// in two parts. Half a tile at a time.
+// 8-bit codes. A pair of products with int8 leaves int16, so both factors are widened first; the sum of a column is
+// kept in two parts. Half a tile at a time.
 template <int ROWS>
-void wide_block(const int16_t* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride, long columns) {
+void wide_block(const int16_t* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride,
+                long columns) {
     for (int half = 0; half < 2; ++half) {
         __m256i left[ROWS], right[ROWS];
         UNROLL for (int r = 0; r < ROWS; ++r) left[r] = right[r] = _mm256_setzero_si256();
@@ -80,13 +89,15 @@ void wide_block(const int16_t* a, long stride, const uint32_t* words, long word_
                 right[r] = _mm256_add_epi32(right[r], _mm256_madd_epi16(d, f));
             }
         }
-        UNROLL for (int r = 0; r < ROWS; ++r) store(in_order(left[r], right[r]), y + r * y_stride + 8 * half, columns - 8 * half);
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            store(in_order(left[r], right[r]), y + r * y_stride + 8 * half, columns - 8 * half);
     }
 }
 
 // Codes of fewer bits: so many pairs of products are added in int16 before they could leave it.
 template <int BITS, int ROWS>
-void narrow_block(const int8_t* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride, long columns) {
+void narrow_block(const int8_t* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride,
+                  long columns) {
     constexpr long CHUNK = BITS == 4 ? 4 : 8;
     static_assert(CHUNK * (8 / BITS) * 2 * ((1 << BITS) - 1) * 128 <= 32767);
     const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1);
@@ -111,8 +122,8 @@ void narrow_block(const int8_t* a, long stride, const uint32_t* words, long word
             }
         }
         UNROLL for (int r = 0; r < ROWS; ++r) {
-            UNROLL for (int h = 0; h < 2; ++h)
-                sums[r][h] = _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(part[r][h], _mm256_set1_epi16(1)));
+            UNROLL for (int h = 0; h < 2; ++h) sums[r][h] =
+                _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(part[r][h], _mm256_set1_epi16(1)));
         }
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -132,26 +143,39 @@ struct Four {
     int8_t value[4];
 };
 inline Sums zero() { return {}; }
-inline Codes load(const uint32_t* words) { Codes c; std::memcpy(c.value, words, sizeof c.value); return c; }
-template <int BITS> inline Codes codes(Codes words, int j) {
+inline Codes load(const uint32_t* words) {
+    Codes c;
+    std::memcpy(c.value, words, sizeof c.value);
+    return c;
+}
+template <int BITS>
+inline Codes codes(Codes words, int j) {
     constexpr uint32_t mask = ((1u << BITS) - 1) * 0x01010101u;
     for (auto& word : words.value) word = (word >> (BITS * j)) & mask;
     return words;
 }
-template <int BITS> inline Four broadcast(const int8_t* a) { return {a[0], a[1], a[2], a[3]}; }
-template <int BITS> inline Sums plus(Sums sums, Codes codes, Four a) {
+template <int BITS>
+inline Four broadcast(const int8_t* a) {
+    return {a[0], a[1], a[2], a[3]};
+}
+template <int BITS>
+inline Sums plus(Sums sums, Codes codes, Four a) {
     for (int b = 0; b < 4; ++b)
         for (long c = 0; c < COLUMNS; ++c) sums.value[c] += (int32_t)((codes.value[c] >> (8 * b)) & 255u) * a.value[b];
     return sums;
 }
-template <int BITS> inline void store(const Sums& sums, int32_t* y) { std::memcpy(y, sums.value, sizeof sums.value); }
+template <int BITS>
+inline void store(const Sums& sums, int32_t* y) {
+    std::memcpy(y, sums.value, sizeof sums.value);
+}
 
 #endif
 
 #if LEVEL != 1
 
 template <int BITS, int TILES, int ROWS>
-void block(const int8_t* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride, long columns) {
+void block(const int8_t* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride,
+           long columns) {
     Sums sums[ROWS][TILES];
     UNROLL for (int r = 0; r < ROWS; ++r) UNROLL for (int t = 0; t < TILES; ++t) sums[r][t] = zero();
     for (long w = 0; w < word_count; ++w) {
@@ -186,21 +210,28 @@ constexpr int TILES = 1;
 constexpr int TILES = 4;
 #endif
 // As many rows at once as the registers hold.
-template <int BITS> constexpr int rows_at_once() { return LEVEL == 2 ? 6 : LEVEL == 1 ? (BITS == 8 ? 3 : 4) : 1; }
+template <int BITS>
+constexpr int rows_at_once() {
+    return LEVEL == 2 ? 6 : LEVEL == 1 ? (BITS == 8 ? 3 : 4) : 1;
+}
 
 // One block of rows; A is int16_t where `wide_block` reads it.
 template <int BITS, int TILES, int ROWS, typename A>
-void some_rows(const A* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride, long columns) {
+void some_rows(const A* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride,
+               long columns) {
 #if LEVEL == 1
-    if constexpr (BITS == 8) wide_block<ROWS>(a, stride, words, word_count, y, y_stride, columns);
-    else narrow_block<BITS, ROWS>(a, stride, words, word_count, y, y_stride, columns);
+    if constexpr (BITS == 8)
+        wide_block<ROWS>(a, stride, words, word_count, y, y_stride, columns);
+    else
+        narrow_block<BITS, ROWS>(a, stride, words, word_count, y, y_stride, columns);
 #else
     block<BITS, TILES, ROWS>(a, stride, words, word_count, y, y_stride, columns);
 #endif
 }
 
 template <int BITS, int TILES, typename A>
-void all_rows(long rows, const A* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride, long columns) {
+void all_rows(long rows, const A* a, long stride, const uint32_t* words, long word_count, int32_t* y, long y_stride,
+              long columns) {
     constexpr int ROWS = rows_at_once<BITS>();
     while (rows >= ROWS) {
         some_rows<BITS, TILES, ROWS>(a, stride, words, word_count, y, y_stride, columns);
@@ -209,16 +240,21 @@ void all_rows(long rows, const A* a, long stride, const uint32_t* words, long wo
         rows -= ROWS;
     }
     if constexpr (ROWS > 1) {
-        if constexpr (ROWS > 5) if (rows == 5) some_rows<BITS, TILES, 5>(a, stride, words, word_count, y, y_stride, columns);
-        if constexpr (ROWS > 4) if (rows == 4) some_rows<BITS, TILES, 4>(a, stride, words, word_count, y, y_stride, columns);
-        if constexpr (ROWS > 3) if (rows == 3) some_rows<BITS, TILES, 3>(a, stride, words, word_count, y, y_stride, columns);
-        if constexpr (ROWS > 2) if (rows == 2) some_rows<BITS, TILES, 2>(a, stride, words, word_count, y, y_stride, columns);
+        if constexpr (ROWS > 5)
+            if (rows == 5) some_rows<BITS, TILES, 5>(a, stride, words, word_count, y, y_stride, columns);
+        if constexpr (ROWS > 4)
+            if (rows == 4) some_rows<BITS, TILES, 4>(a, stride, words, word_count, y, y_stride, columns);
+        if constexpr (ROWS > 3)
+            if (rows == 3) some_rows<BITS, TILES, 3>(a, stride, words, word_count, y, y_stride, columns);
+        if constexpr (ROWS > 2)
+            if (rows == 2) some_rows<BITS, TILES, 2>(a, stride, words, word_count, y, y_stride, columns);
         if (rows == 1) some_rows<BITS, TILES, 1>(a, stride, words, word_count, y, y_stride, columns);
     }
 }
 
 template <int BITS, typename A>
-void product(const A* a, long rows, long stride, const uint32_t* words, long word_count, int32_t* y, long columns, long threads) {
+void product(const A* a, long rows, long stride, const uint32_t* words, long word_count, int32_t* y, long columns,
+             long threads) {
     const long tiles = (columns + COLUMNS - 1) / COLUMNS, groups = (tiles + TILES - 1) / TILES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (long g = 0; g < groups; ++g) {
@@ -240,11 +276,11 @@ void product(const A* a, long rows, long stride, const uint32_t* words, long wor
 // --- float products: weights are looked up by their codes, scaled, and multiplied in float32 ---
 
 struct Grid {
-    const float* table;   // value of each of 16 codes; 8-bit codes are int8 and have none
-    const float* scale;   // [n / 16][groups][16]
-    const float* shift;   // likewise, subtracted from the scaled value; or null
+    const float* table;  // value of each of 16 codes; 8-bit codes are int8 and have none
+    const float* scale;  // [n / 16][groups][16]
+    const float* shift;  // likewise, subtracted from the scaled value; or null
     long words_per_group;
-    bool is_signed;       // whether the table is 0 ... 7, -8 ... -1
+    bool is_signed;  // whether the table is 0 ... 7, -8 ... -1
 };
 
 #if LEVEL == 2
@@ -264,7 +300,8 @@ struct Table {
 };
 using Words = __m512i;
 inline Words read_words(const uint32_t* words) { return _mm512_loadu_si512(words); }
-template <int BITS> inline Floats value(Words words, int bit, const Table& table) {
+template <int BITS>
+inline Floats value(Words words, int bit, const Table& table) {
     if constexpr (BITS == 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(words, bit), table.values);  // low 4 bits
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - bit), 24));
 }
@@ -290,7 +327,8 @@ struct Table {
 };
 using Words = __m256i;
 inline Words read_words(const uint32_t* words) { return _mm256_loadu_si256((const __m256i*)words); }
-template <int BITS> inline Floats value(Words words, int bit, const Table& table) {
+template <int BITS>
+inline Floats value(Words words, int bit, const Table& table) {
     if constexpr (BITS == 4) {
         if (table.is_signed) return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - bit), 28));
         const __m256i code = _mm256_srli_epi32(words, bit);  // a permutation reads its low 3 bits
@@ -307,11 +345,28 @@ struct Floats {
 };
 constexpr long LANES = 16;
 inline Floats nothing() { return {}; }
-inline Floats all(float x) { Floats y; for (auto& v : y.value) v = x; return y; }
-inline Floats read(const float* x) { Floats y; std::memcpy(y.value, x, sizeof y.value); return y; }
-inline Floats fma(Floats a, Floats b, Floats c) { for (int i = 0; i < 16; ++i) c.value[i] += a.value[i] * b.value[i]; return c; }
-inline Floats fms(Floats a, Floats b, Floats c) { for (int i = 0; i < 16; ++i) c.value[i] = a.value[i] * b.value[i] - c.value[i]; return c; }
-inline Floats times(Floats a, Floats b) { for (int i = 0; i < 16; ++i) a.value[i] *= b.value[i]; return a; }
+inline Floats all(float x) {
+    Floats y;
+    for (auto& v : y.value) v = x;
+    return y;
+}
+inline Floats read(const float* x) {
+    Floats y;
+    std::memcpy(y.value, x, sizeof y.value);
+    return y;
+}
+inline Floats fma(Floats a, Floats b, Floats c) {
+    for (int i = 0; i < 16; ++i) c.value[i] += a.value[i] * b.value[i];
+    return c;
+}
+inline Floats fms(Floats a, Floats b, Floats c) {
+    for (int i = 0; i < 16; ++i) c.value[i] = a.value[i] * b.value[i] - c.value[i];
+    return c;
+}
+inline Floats times(Floats a, Floats b) {
+    for (int i = 0; i < 16; ++i) a.value[i] *= b.value[i];
+    return a;
+}
 inline void write(const Floats& x, float* y) { std::memcpy(y, x.value, sizeof x.value); }
 struct Table {
     float values[16];
@@ -320,8 +375,13 @@ struct Table {
 struct Words {
     uint32_t value[16];
 };
-inline Words read_words(const uint32_t* words) { Words w; std::memcpy(w.value, words, sizeof w.value); return w; }
-template <int BITS> inline Floats value(const Words& words, int bit, const Table& table) {
+inline Words read_words(const uint32_t* words) {
+    Words w;
+    std::memcpy(w.value, words, sizeof w.value);
+    return w;
+}
+template <int BITS>
+inline Floats value(const Words& words, int bit, const Table& table) {
     Floats y;
     for (int i = 0; i < 16; ++i) {
         const uint32_t code = words.value[i] >> bit;
@@ -334,7 +394,8 @@ template <int BITS> inline Floats value(const Words& words, int bit, const Table
 
 // With one row the scale of a group is applied to its sum; with more, to each weight, which all rows share.
 template <int BITS, int PARTS, int ROWS>
-void float_block(const float* x, long stride, const uint32_t* words, long word_count, const Grid& grid, float* y, long y_stride, long columns) {
+void float_block(const float* x, long stride, const uint32_t* words, long word_count, const Grid& grid, float* y,
+                 long y_stride, long columns) {
     const Table table(grid);
     const long groups = word_count / grid.words_per_group, tile_scales = groups * COLUMNS;
     constexpr int PER_TILE = COLUMNS / LANES;
@@ -353,15 +414,16 @@ void float_block(const float* x, long stride, const uint32_t* words, long word_c
         float total = 0;
         for (long w = g * grid.words_per_group; w < (g + 1) * grid.words_per_group; ++w) {
             Words loaded[PARTS];
-            UNROLL for (int p = 0; p < PARTS; ++p)
-                loaded[p] = read_words(words + (p / PER_TILE * word_count + w) * COLUMNS + p % PER_TILE * LANES);
+            UNROLL for (int p = 0; p < PARTS; ++p) loaded[p] =
+                read_words(words + (p / PER_TILE * word_count + w) * COLUMNS + p % PER_TILE * LANES);
             UNROLL for (int i = 0; i < 32 / BITS; ++i) {
                 const int bit = 8 * (i % 4) + BITS * (i / 4);
                 const float* from = x + w * (32 / BITS) + i;
                 if constexpr (ROWS == 1) {
                     const Floats factor = all(*from);
                     if (shifts) total += *from;
-                    UNROLL for (int p = 0; p < PARTS; ++p) part[p] = fma(value<BITS>(loaded[p], bit, table), factor, part[p]);
+                    UNROLL for (int p = 0; p < PARTS; ++p) part[p] =
+                        fma(value<BITS>(loaded[p], bit, table), factor, part[p]);
                 } else {
                     Floats weight[PARTS];
                     UNROLL for (int p = 0; p < PARTS; ++p) {
@@ -387,13 +449,15 @@ void float_block(const float* x, long stride, const uint32_t* words, long word_c
             const long left = columns - p * LANES;
             alignas(64) float all_lanes[LANES];
             write(sums[r][p], all_lanes);
-            if (left > 0) std::memcpy(y + r * y_stride + p * LANES, all_lanes, sizeof(float) * (left < LANES ? left : LANES));
+            if (left > 0)
+                std::memcpy(y + r * y_stride + p * LANES, all_lanes, sizeof(float) * (left < LANES ? left : LANES));
         }
     }
 }
 
 template <int BITS, int TILES>
-void all_float_rows(long rows, const float* x, long stride, const uint32_t* words, long word_count, const Grid& grid, float* y, long y_stride, long columns) {
+void all_float_rows(long rows, const float* x, long stride, const uint32_t* words, long word_count, const Grid& grid,
+                    float* y, long y_stride, long columns) {
     constexpr int PARTS = TILES * (COLUMNS / LANES);
     constexpr int ROWS = LEVEL == 0 ? 2 : LEVEL == 1 ? 4 : 8;
     while (rows >= ROWS) {
@@ -410,13 +474,16 @@ void all_float_rows(long rows, const float* x, long stride, const uint32_t* word
             rows -= 4;
         }
     }
-    if constexpr (ROWS > 3) if (rows == 3) float_block<BITS, PARTS, 3>(x, stride, words, word_count, grid, y, y_stride, columns);
-    if constexpr (ROWS > 2) if (rows == 2) float_block<BITS, PARTS, 2>(x, stride, words, word_count, grid, y, y_stride, columns);
+    if constexpr (ROWS > 3)
+        if (rows == 3) float_block<BITS, PARTS, 3>(x, stride, words, word_count, grid, y, y_stride, columns);
+    if constexpr (ROWS > 2)
+        if (rows == 2) float_block<BITS, PARTS, 2>(x, stride, words, word_count, grid, y, y_stride, columns);
     if (rows == 1) float_block<BITS, PARTS, 1>(x, stride, words, word_count, grid, y, y_stride, columns);
 }
 
 template <int BITS>
-void float_products(const float* x, long rows, long stride, const uint32_t* words, long word_count, Grid grid, float* y, long columns, long threads) {
+void float_products(const float* x, long rows, long stride, const uint32_t* words, long word_count, Grid grid, float* y,
+                    long columns, long threads) {
     constexpr long TILES = LEVEL == 2 ? 2 : 1;
     const long tiles = (columns + COLUMNS - 1) / COLUMNS, blocks = (tiles + TILES - 1) / TILES;
     const long tile_scales = word_count / grid.words_per_group * COLUMNS;
@@ -429,16 +496,19 @@ void float_products(const float* x, long rows, long stride, const uint32_t* word
         if (own.shift) own.shift += first * tile_scales;
         float* to = y + first * COLUMNS;
         const long left = columns - first * COLUMNS;
-        if (tiles - first >= TILES) all_float_rows<BITS, TILES>(rows, x, stride, from, word_count, own, to, columns, left);
-        else all_float_rows<BITS, 1>(rows, x, stride, from, word_count, own, to, columns, left);
+        if (tiles - first >= TILES)
+            all_float_rows<BITS, TILES>(rows, x, stride, from, word_count, own, to, columns, left);
+        else
+            all_float_rows<BITS, 1>(rows, x, stride, from, word_count, own, to, columns, left);
     }
 }
 
 }  // namespace
 
-// y[rows, columns] = a[rows, k] @ codes[columns, k].T; a is padded with anything up to `stride` >= word_count * 32 / bits
-// (codes beyond k are 0).
-extern "C" int integer_product(const int8_t* a, long rows, long stride, const uint32_t* words, long word_count, int32_t* y, long columns, long bits, long threads) {
+// y[rows, columns] = a[rows, k] @ codes[columns, k].T; a is padded with anything up to `stride` >= word_count * 32 /
+// bits (codes beyond k are 0).
+extern "C" int integer_product(const int8_t* a, long rows, long stride, const uint32_t* words, long word_count,
+                               int32_t* y, long columns, long bits, long threads) {
     switch (bits) {
         case 8: {
 #if LEVEL == 1
@@ -449,20 +519,32 @@ extern "C" int integer_product(const int8_t* a, long rows, long stride, const ui
 #endif
             return 0;
         }
-        case 4: product<4>(a, rows, stride, words, word_count, y, columns, threads); return 0;
-        case 2: product<2>(a, rows, stride, words, word_count, y, columns, threads); return 0;
-        case 1: product<1>(a, rows, stride, words, word_count, y, columns, threads); return 0;
+        case 4:
+            product<4>(a, rows, stride, words, word_count, y, columns, threads);
+            return 0;
+        case 2:
+            product<2>(a, rows, stride, words, word_count, y, columns, threads);
+            return 0;
+        case 1:
+            product<1>(a, rows, stride, words, word_count, y, columns, threads);
+            return 0;
     }
     return 1;
 }
 
-extern "C" int float_product(const float* x, long rows, long stride, const uint32_t* words, long word_count, const float* table, const float* scale, const float* shift, long words_per_group, float* y, long columns, long bits, long threads) {
+extern "C" int float_product(const float* x, long rows, long stride, const uint32_t* words, long word_count,
+                             const float* table, const float* scale, const float* shift, long words_per_group, float* y,
+                             long columns, long bits, long threads) {
     bool is_signed = true;
     for (long c = 0; c < 16; ++c) is_signed = is_signed && table[c] == (float)(c < 8 ? c : c - 16);
     const Grid grid{table, scale, shift, words_per_group, is_signed};
     switch (bits) {
-        case 4: float_products<4>(x, rows, stride, words, word_count, grid, y, columns, threads); return 0;
-        case 8: float_products<8>(x, rows, stride, words, word_count, grid, y, columns, threads); return 0;
+        case 4:
+            float_products<4>(x, rows, stride, words, word_count, grid, y, columns, threads);
+            return 0;
+        case 8:
+            float_products<8>(x, rows, stride, words, word_count, grid, y, columns, threads);
+            return 0;
     }
     return 1;
 }

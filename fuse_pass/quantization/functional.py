@@ -93,9 +93,8 @@ def quantize_at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_
     if scale is None and site.needs_scale:
         raise ValueError(f"the scale of {site.format.name} is {site.scale} here, and there is none")
     axis = site.granularity.axis
-    if (
-        scale is not None and axis is not None and scale.dim() != x.dim()
-    ):  # calibrated with another number of dimensions
+    # Calibrated with another number of dimensions.
+    if scale is not None and axis is not None and scale.dim() != x.dim():
         shape = [1] * x.dim()
         shape[axis] = -1
         scale, zero_point = scale.view(shape), None if zero_point is None else zero_point.view(shape)
