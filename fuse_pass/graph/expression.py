@@ -9,7 +9,7 @@ constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,29 +107,58 @@ class Expression:
         polynomial: normal form.
         variable: the node it is a function of.
         nodes: every node of the computation, without the variable.
+        learned: further nodes that it is a function of, single numbers; `learned(i)` stands for the i-th.
     """
 
     polynomial: Polynomial
     variable: Node
     nodes: tuple[Node, ...]
+    learned: tuple[Node, ...] = ()
 
 
-def expression_of(view: GraphView, root: Node) -> Expression | None:
-    """Reads the elementwise computation that ends in `root`; None if it depends on several tensors or is too large."""
-    reader = _Reader(view)
+def learned(position: int) -> Polynomial:
+    """A number that is known at run time."""
+    return ((((_learned_atom(position), 1),), 1.0),)
+
+
+def _learned_atom(position: int) -> Atom:
+    return f"learned {position}", (), ()
+
+
+def reordered(polynomial: Polynomial, order: Sequence[int]) -> Polynomial:
+    """The same with `learned(order[i])` in the place of `learned(i)`, where these are factors of terms."""
+    new = {_learned_atom(i): _learned_atom(j) for i, j in enumerate(order)}
+    return tuple(
+        sorted((tuple(sorted((new.get(atom, atom), e) for atom, e in monomial)), c) for monomial, c in polynomial)
+    )
+
+
+def expression_of(
+    view: GraphView, root: Node, is_learned: Callable[[Node], bool] = lambda node: False
+) -> Expression | None:
+    """Reads the elementwise computation that ends in `root`; None if it depends on several tensors or is too large.
+
+    Args:
+        view: the graph.
+        root: the result.
+        is_learned: which of the nodes that it depends on are single numbers, to be kept apart from the variable.
+    """
+    reader = _Reader(view, is_learned)
     try:
         polynomial = reader.read(root)
     except NotElementwise:
         return None
     if reader.variable is None or reader.variable is root:
         return None
-    return Expression(polynomial, reader.variable, tuple(reader.values))
+    return Expression(polynomial, reader.variable, tuple(reader.values), tuple(reader.learned))
 
 
 class _Reader:
-    def __init__(self, view: GraphView) -> None:
+    def __init__(self, view: GraphView, is_learned: Callable[[Node], bool]) -> None:
         self.view = view
+        self.is_learned = is_learned
         self.variable: Node | None = None
+        self.learned: list[Node] = []
         self.values: dict[Node, Polynomial] = {}
         self.entered = 0
 
@@ -152,6 +181,10 @@ class _Reader:
         return result
 
     def _leaf(self, node: Node) -> Polynomial:
+        if self.is_learned(node):
+            if node not in self.learned:
+                self.learned.append(node)
+            return learned(self.learned.index(node))
         if self.variable is None:
             self.variable = node
         if node is not self.variable:

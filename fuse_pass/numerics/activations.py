@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuse_pass.numerics.tensors import accumulation_dtype
+
 aten = torch.ops.aten
 
 QUICK_GELU_SLOPE = 1.702
@@ -56,13 +58,15 @@ class Activation:
 
     Attributes:
         name: key in `ACTIVATIONS`.
-        forward: `(h, arguments, weight) → act(h)`; `weight` is PReLU's slope, None elsewhere.
+        forward: `(h, arguments, weight) → act(h)`; `weight` holds what is learned, and is None where nothing is.
         backward: `(grad, h, arguments, weight) → grad * act'(h)`.
+        weight_backward: `(grad, h, weight) →` the gradient of `weight`, in its shape and in at least float32.
         called: the ways in which a graph calls it; none for one that is always written out.
         constants: the parameters that are its `arguments`, in order.
         given: the parameters that must have these values for it to be this one; its `kind` is the name of the call.
         kind: what calls of it are in a graph's canonical form; its own name unless several share one.
-        forms: it as a function of one tensor, in every way that is not the same algebra.
+        forms: it as a function of one tensor, in every way that is not the same algebra; of learned numbers as well,
+            which `weight` holds in the order of the parameters.
         post_op: oneDNN's `(attribute, algorithm)` where it can follow a matrix product in one call; none for relu,
             hardtanh and hardsigmoid, which turn NaN into a number there.
     """
@@ -70,11 +74,12 @@ class Activation:
     name: str
     forward: Callable[[Tensor, Arguments, Tensor | None], Tensor]
     backward: Callable[[Tensor, Tensor, Arguments, Tensor | None], Tensor]
+    weight_backward: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     called: tuple[Called, ...] = ()
     constants: tuple[str, ...] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
     kind: str = ""
-    forms: tuple[Callable[[Tensor], Tensor], ...] = ()
+    forms: tuple[Callable[..., Tensor], ...] = ()
     post_op: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -87,14 +92,37 @@ def _quick_gelu_backward(grad: Tensor, h: Tensor) -> Tensor:
     return grad * (sigmoid + QUICK_GELU_SLOPE * (h * (sigmoid * (1 - sigmoid))))
 
 
+def _learned(weight: Tensor | None) -> Tensor:
+    if weight is None:
+        raise ValueError("expected the learned numbers of the activation as its weight, got None")
+    return weight
+
+
 def _prelu(h: Tensor, arguments: Arguments, weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return torch.where(h > 0, h, weight * h)
+    return torch.where(h > 0, h, _learned(weight) * h)
 
 
 def _prelu_backward(grad: Tensor, h: Tensor, arguments: Arguments, weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return torch.where(h > 0, grad, weight * grad)
+    return torch.where(h > 0, grad, _learned(weight) * grad)
+
+
+def _prelu_weight_backward(grad: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """A slope for all, or one for each channel of the last dimension."""
+    wide = accumulation_dtype(h.dtype)
+    of_slope = torch.where(h > 0, 0.0, grad.to(wide) * h.to(wide))
+    return (of_slope.sum() if weight.numel() == 1 else of_slope.sum(0)).view(weight.shape)
+
+
+def _star_relu_forward(h: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
+    y: Tensor = scale * (aten.relu(h) * aten.relu(h))
+    return y + bias[0] if bias else y
+
+
+def _star_relu_weight_backward(grad: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    wide = accumulation_dtype(h.dtype)
+    grad, positive = grad.to(wide), aten.relu(h.to(wide))
+    of_scale = (grad * (positive * positive)).sum()
+    return torch.stack([of_scale, grad.sum()][: weight.numel()])
 
 
 def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -111,7 +139,11 @@ def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _quick_gelu = _in_float32(lambda h: h * torch.sigmoid(QUICK_GELU_SLOPE * h))
 _quick_gelu_grad = _in_float32(_quick_gelu_backward)
 _relu_squared = _in_float32(lambda h: aten.relu(h) * aten.relu(h))
+
+
 _relu_squared_grad = _in_float32(lambda grad, h: aten.threshold_backward(grad * (2 * aten.relu(h)), h, 0))
+_star_relu = _in_float32(_star_relu_forward)
+_star_relu_grad = _in_float32(lambda grad, h, scale: aten.threshold_backward(grad * (scale * (2 * aten.relu(h))), h, 0))
 # Written out by relu6 they have its gradient, which is that of the middle where h is NaN; and aten's hardsigmoid knows
 # 1/6 in float32 only.
 _hardswish_of_relu6 = _in_float32(lambda h: h * aten.hardtanh(h + 3, 0, 6) / 6)
@@ -169,6 +201,14 @@ ACTIVATIONS: dict[str, Activation] = {
             lambda g, h, a, w: _relu_squared_grad(g, h),
             forms=(lambda x: F.relu(x) ** 2,),
         ),
+        # MetaFormer (Yu et al., 2022): `weight` holds the scale, and the bias where there is one.
+        Activation(
+            "star_relu",
+            lambda h, a, w: _star_relu(h, *_learned(w).unbind()),
+            lambda g, h, a, w: _star_relu_grad(g, h, _learned(w)[0]),
+            _star_relu_weight_backward,
+            forms=(lambda x, scale, bias: scale * F.relu(x) ** 2 + bias, lambda x, scale: scale * F.relu(x) ** 2),
+        ),
         Activation(
             "leaky_relu",
             lambda h, a, w: aten.leaky_relu(h, a[0]),
@@ -181,6 +221,7 @@ ACTIVATIONS: dict[str, Activation] = {
             "prelu",
             _prelu,
             _prelu_backward,
+            _prelu_weight_backward,
             called=(Called((F.prelu, torch.prelu, "prelu"), _prelu_call),),
         ),
         Activation(

@@ -19,14 +19,13 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.gemm.product import product, product_with_activation, weight_gradient
 from fuse_pass.numerics import random_bits
 from fuse_pass.numerics.activations import ACTIVATIONS
-from fuse_pass.numerics.tensors import accumulation_dtype, rows_of, shaped_like_rows_of
+from fuse_pass.numerics.tensors import rows_of, shaped_like_rows_of
 from fuse_pass.ops.arguments import Seed, Weight
 from fuse_pass.ops.fused_op import Gradients, ProductOp, register
 from fuse_pass.ops.packed_format import quantize_packed, straight_through_packed
@@ -56,20 +55,14 @@ class Between:
 
     def gradients(self, needed: Set[str], grad_a: Tensor, h: Tensor) -> dict[str, Tensor]:
         """Of h and the weight of the activation; quantisation is straight through."""
-        seen, grads = quantize_packed(h, self.hidden_format), {}
+        row, seen, grads = ACTIVATIONS[self.activation], quantize_packed(h, self.hidden_format), {}
         if "h" in needed:
-            grads["h"] = ACTIVATIONS[self.activation].backward(grad_a, seen, self.act_arguments, self.act_weight)
+            grads["h"] = row.backward(grad_a, seen, self.act_arguments, self.act_weight)
         if "act_weight" in needed:
             assert self.act_weight is not None
-            grads["act_weight"] = _prelu_weight_grad(grad_a, seen, self.act_weight)
+            assert row.weight_backward is not None
+            grads["act_weight"] = row.weight_backward(grad_a, seen, self.act_weight).to(self.act_weight.dtype)
         return grads
-
-
-def _prelu_weight_grad(grad_a: Tensor, h: Tensor, act_weight: Tensor) -> Tensor:
-    wide = accumulation_dtype(h.dtype)
-    slope_grad = torch.where(h > 0, 0.0, grad_a.to(wide) * h.to(wide))
-    summed = slope_grad.sum() if act_weight.numel() == 1 else slope_grad.sum(0)
-    return summed.to(act_weight.dtype).view(act_weight.shape)
 
 
 @dataclass(frozen=True)

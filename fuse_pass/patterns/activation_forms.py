@@ -7,6 +7,8 @@ normal form of the graph's.
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from fuse_pass.graph.expression import (
     Polynomial,
     expression_of,
     first_difference,
+    reordered,
     same,
     same_structure,
 )
@@ -41,7 +44,7 @@ class FoundActivation:
     Attributes:
         name: key in `numerics.activations.ACTIVATIONS`.
         arguments: its constants (numbers, or nodes where the graph computes them).
-        weight: PReLU's slope.
+        learned: what is its weight: PReLU's slope, or single numbers that are one tensor yet to be made.
         input: the pre-activation.
         nodes: the nodes that compute it.
         problem: set where it is an activation in all but a constant.
@@ -49,10 +52,15 @@ class FoundActivation:
 
     name: str
     arguments: tuple[Any, ...]
-    weight: Node | None
+    learned: tuple[Node, ...]
     input: Node
     nodes: tuple[Node, ...]
     problem: Problem | None = None
+
+    @property
+    def is_called(self) -> bool:
+        """Whether one node computes it."""
+        return len(self.nodes) == 1
 
 
 def activation_at(view: GraphView, node: Node) -> FoundActivation | None:
@@ -71,7 +79,8 @@ def _called(view: GraphView, node: Node) -> FoundActivation | None:
         return None
     arguments = tuple(op[name] for name in row.constants)
     weight = op.arguments.get("weight")
-    return FoundActivation(row.name, arguments, weight, op["input"], (node,), _slope_of_another_dimension(op, weight))
+    learned = () if weight is None else (weight,)
+    return FoundActivation(row.name, arguments, learned, op["input"], (node,), _slope_of_another_dimension(op, weight))
 
 
 def _slope_of_another_dimension(op: Op, weight: Node | None) -> Problem | None:
@@ -86,16 +95,17 @@ def _slope_of_another_dimension(op: Op, weight: Node | None) -> Problem | None:
 def _written_out(view: GraphView, node: Node) -> FoundActivation | None:
     if view.kind(node) not in _LAST_STEPS:
         return None
-    expression = expression_of(view, node)
+    expression = expression_of(view, node, functools.partial(_is_learned, view))
     if expression is None:
         return None
     tolerance = _tolerance(expression)
     near: tuple[str, Polynomial] | None = None
-    for name, form in _forms():
+    for name, form, order in _forms(len(expression.learned)):
         if same(expression.polynomial, form, tolerance):
-            problem = _cast_inside(view, expression)
-            return FoundActivation(name, (), None, expression.variable, expression.nodes, problem)
-        if near is None and same_structure(expression.polynomial, form):
+            problem = _cast_inside(view, expression) or _promotion_inside(expression)
+            learned = tuple(expression.learned[i] for i in order)
+            return FoundActivation(name, (), learned, expression.variable, expression.nodes, problem)
+        if near is None and not order and same_structure(expression.polynomial, form):
             near = name, form
     if near is None:
         return None
@@ -103,9 +113,24 @@ def _written_out(view: GraphView, node: Node) -> FoundActivation | None:
     difference = first_difference(expression.polynomial, form, tolerance)
     assert difference is not None
     detail = f"{difference[0]:.9g} where {name} has {difference[1]:.9g}"
-    return FoundActivation(
-        name, (), None, expression.variable, expression.nodes, Problem(Reason.CONSTANTS, detail, node)
-    )
+    return FoundActivation(name, (), (), expression.variable, expression.nodes, Problem(Reason.CONSTANTS, detail, node))
+
+
+def _is_learned(view: GraphView, node: Node) -> bool:
+    """Whether it is a number, which multiplies or shifts a whole activation."""
+    value = value_of(node)
+    is_number = value is not None and value.dim() <= 1 and value.is_floating_point() and same_size(value.numel(), 1)
+    return is_number and node not in view.linears
+
+
+def _promotion_inside(expression: Expression) -> Problem | None:
+    """A number in a wider dtype than that of the variable makes the rest of the computation wider."""
+    variable = value_of(expression.variable)
+    for node in expression.learned:
+        value = value_of(node)
+        if variable is None or value is None or value.dtype is not variable.dtype:
+            return Problem(Reason.DTYPES, f"{node.name} has another dtype than {expression.variable.name}", node)
+    return None
 
 
 def _cast_inside(view: GraphView, expression: Expression) -> Problem | None:
@@ -119,18 +144,30 @@ def _cast_inside(view: GraphView, expression: Expression) -> Problem | None:
 
 
 @functools.cache
-def _forms() -> tuple[tuple[str, Polynomial], ...]:
-    return tuple((row.name, normal_form(form)) for row in ACTIVATIONS.values() for form in row.forms)
+def _forms(count: int) -> tuple[tuple[str, Polynomial, tuple[int, ...]], ...]:
+    """The forms with so many learned numbers, each in every order in which a graph may have read these.
+
+    The order says which of the graph's is the first, second, … of the form.
+    """
+    found = []
+    for row in ACTIVATIONS.values():
+        for form in row.forms:
+            if len(inspect.signature(form).parameters) == 1 + count:
+                polynomial = normal_form(form)
+                orders = itertools.permutations(range(count))
+                found += [(row.name, reordered(polynomial, order), order) for order in orders]
+    return tuple(found)
 
 
-def normal_form(function: Callable[[Tensor], Tensor]) -> Polynomial:
-    """The normal form of a plain elementwise function of one tensor."""
+def normal_form(function: Callable[..., Tensor]) -> Polynomial:
+    """The normal form of a plain elementwise function of one tensor, and of learned numbers after it."""
     graph = symbolic_trace(function).graph
     result = graph.find_nodes(op="output")[0].args[0]
-    expression = expression_of(GraphView(graph), result)
+    numbers = [node for node in graph.nodes if node.op == "placeholder"][1:]
+    expression = expression_of(GraphView(graph), result, numbers.__contains__)
     if expression is None:
         raise ValueError(f"expected an elementwise function of one tensor, got {graph}")
-    return expression.polynomial
+    return reordered(expression.polynomial, [numbers.index(node) for node in expression.learned])
 
 
 def _tolerance(expression: Expression) -> float:

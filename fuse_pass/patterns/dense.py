@@ -80,7 +80,7 @@ def _activation_after(view: GraphView, layer: Linear) -> FoundActivation | None:
     activation = activation_at(view, next(iter(layer.node.users)))
     if activation is None or activation.problem is not None or activation.input is not layer.node:
         return None
-    is_known = not any(isinstance(argument, Node) for argument in activation.arguments)
+    is_known = not activation.learned and not any(isinstance(argument, Node) for argument in activation.arguments)
     return activation if is_known and len(activation.nodes) == 1 else None
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from fuse_pass.graph.convolution import CHANNELS, pointwise_layers
@@ -116,7 +117,8 @@ def _ending_in(
     problem = _problem(view, first, second, trail, act)
     if problem is not None:
         return NearMiss(second.node, nodes, problem), act
-    between = Between(tensor(act.weight), None, p if drops(p) else 0.0, act.name, list(act.arguments), *formats)
+    weight = act.learned[0] if act.is_called and act.learned else None
+    between = Between(tensor(weight), None, p if drops(p) else 0.0, act.name, list(act.arguments), *formats)
     last = (tensor(second.weight), tensor(second.bias), between)
     call: DenseActDense | ActDense
     if in_chain:
@@ -131,7 +133,7 @@ def _ending_in(
     words += ["fake-quantised"] if any(formats) else []
     return Block(
         anchor=second.node, nodes=nodes, outputs=(second.node,), call=call, variant=", ".join(words), draws=drops(p),
-        first=first, second=second, turned=trail.turned,
+        parts=() if act.is_called else act.learned, first=first, second=second, turned=trail.turned,
     ), act  # fmt: skip
 
 
@@ -226,6 +228,8 @@ def replace(editor: Editor, block: Block) -> None:
             new["weight1"] = weight_of(editor, block.first, flatten=along_channels or block.is_flattened)
         new[name] = channels_to_the_end(editor, x) if along_channels else x
         new[name] = editor.call("flatten", x, 1) if block.is_flattened else new[name]
+        if block.parts:
+            new["act_weight"] = editor.call(torch.cat, [editor.call("flatten", part) for part in block.parts])
         (y,) = insert(editor, call.replaced(new), draws=block.draws, like=y_value)
         y = channels_back(editor, y, y_value) if along_channels else y
         y = y if block.turned is None else rows_to_channels(editor, y, block.turned, block.anchor)

@@ -115,7 +115,7 @@ def _gated_by(
     trail = Trail(view, activated, (node,))
     result_format = trail.through_quantization()
     act = activation_at(view, trail.end)
-    if act is None or act.weight is not None:
+    if act is None or act.learned:
         return None
     gate, up = projection_at(view, layers, act.input), projection_at(view, layers, other)
     if gate is None or up is None or not _belong_together(gate, up):

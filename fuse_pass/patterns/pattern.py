@@ -64,6 +64,7 @@ class Candidate(Generic[Call]):
             it is inserted, its weights are as the graph has them.
         variant: a few words for the report.
         draws: whether it draws a dropout mask.
+        parts: nodes from which an argument is yet to be made, which the call lacks.
     """
 
     anchor: Node
@@ -72,6 +73,7 @@ class Candidate(Generic[Call]):
     call: Call
     variant: str
     draws: bool = False
+    parts: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _problem(
     if candidate.draws and not situation.own_random_numbers:
         detail = "fallback_random or align_random_eager asks for eager's random numbers"
         return Problem(Reason.FALLBACK_RANDOM, detail, candidate.anchor)
-    read = [value for value in candidate.call.arguments() if isinstance(value, Node)]
+    read = [value for value in (*candidate.call.arguments(), *candidate.parts) if isinstance(value, Node)]
     inputs = [node for node in read if value_of(node) is not None]
     scalars = [node for node in read if value_of(node) is None]
     return find_problem(view, candidate.nodes, candidate.outputs, inputs, scalars) or pattern.check(view, candidate)

@@ -32,6 +32,7 @@ OTHER_ACTIVATIONS = (
     "F.relu({h}) ** 2",
     "F.hardswish({h})",
     "torch.tanh({h})",
+    "{scale} * F.relu({h}) ** 2 + {shift}",
 )
 
 
@@ -58,7 +59,8 @@ def linear(b: Builder, v: Value, width: int) -> Value:
 def activation(b: Builder, h: Value, forms: tuple[str, ...]) -> Value:
     form = b.random.choice(forms)
     gelu = b.module("gelu", "nn.GELU()") if "{gelu}" in form else ""
-    return b.emit(form.format(h=h.name, gelu=gelu), h.shape, like=h)
+    scale, shift = (b.parameter(1), b.parameter(1)) if "{scale}" in form else ("", "")
+    return b.emit(form.format(h=h.name, gelu=gelu, scale=scale, shift=shift), h.shape, like=h)
 
 
 def dropout(b: Builder, v: Value) -> Value:

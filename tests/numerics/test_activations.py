@@ -29,6 +29,7 @@ EXACT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda h, w: F.silu(h),
     "mish": lambda h, w: F.mish(h),
     "relu_squared": lambda h, w: F.relu(h) ** 2,
+    "star_relu": lambda h, w: w[0] * F.relu(h) ** 2 + w[1],
     "hardswish": lambda h, w: F.hardswish(h),
     "hardsigmoid": lambda h, w: F.hardsigmoid(h),
     "hardswish_of_relu6": lambda h, w: h * F.relu6(h + 3) / 6,
@@ -47,19 +48,22 @@ def values(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.cat([ends, torch.linspace(-8, 8, 401, dtype=torch.float64)]).to(dtype).view(3, -1)
 
 
-def slope(name: str, dtype: torch.dtype, device_shape: tuple[int, ...] = (1,)) -> Tensor | None:
-    return torch.full(device_shape, 0.3, dtype=dtype) if name == "prelu" else None
+LEARNED = {"prelu": (0.3,), "star_relu": (0.9, -0.4)}
+
+
+def learned(name: str, dtype: torch.dtype) -> Tensor | None:
+    return torch.tensor(LEARNED[name], dtype=dtype) if name in LEARNED else None
 
 
 def by_autograd(name: str, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     h = h.detach().clone().requires_grad_()
-    out = EXACT[name](h, torch.full((1,), 0.3, dtype=h.dtype))
+    out = EXACT[name](h, torch.tensor(LEARNED.get(name, ()), dtype=h.dtype))
     (grad_h,) = torch.autograd.grad(out, h, grad)
     return out.detach(), grad_h
 
 
 def ours(name: str, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    row, weight = ACTIVATIONS[name], slope(name, h.dtype)
+    row, weight = ACTIVATIONS[name], learned(name, h.dtype)
     arguments = ARGUMENTS.get(name, ())
     return row.forward(h, arguments, weight), row.backward(grad, h, arguments, weight)
 
@@ -98,7 +102,7 @@ def test_gradient_is_the_derivative_of_the_value(name: str) -> None:
     for kink in (0.0, 3.0, -3.0, 2.5, 7.5):  # the last is where this softplus becomes linear
         h = h[(h - kink).abs() > 1e-3]
     step = 1e-6
-    row, weight, arguments = ACTIVATIONS[name], slope(name, torch.float64), ARGUMENTS.get(name, ())
+    row, weight, arguments = ACTIVATIONS[name], learned(name, torch.float64), ARGUMENTS.get(name, ())
     difference = (row.forward(h + step, arguments, weight) - row.forward(h - step, arguments, weight)) / (2 * step)
     torch.testing.assert_close(row.backward(torch.ones_like(h), h, arguments, weight), difference, rtol=1e-6, atol=1e-8)
 
@@ -128,6 +132,27 @@ def test_infinite_inputs_have_the_limit_where_eager_has_it(name: str) -> None:
     _, eager_grad = by_autograd(name, h, torch.ones(2))
     defined = ~eager_grad.isnan()
     assert torch.equal(grad_h[defined], eager_grad[defined])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF_AND_SINGLE])
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients_of_what_is_learned(name: str, dtype: torch.dtype) -> None:
+    h = values(dtype)
+    grad, row = torch.randn_like(h), ACTIVATIONS[name]
+    weight = torch.tensor(LEARNED[name], dtype=dtype)
+    assert row.weight_backward is not None
+    ours = row.weight_backward(grad, h, weight)
+    exact_weight = weight.double().requires_grad_()
+    (exact,) = torch.autograd.grad(EXACT[name](h.double(), exact_weight), exact_weight, grad.double())
+    assert ours.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_is_learned_must_be_given(name: str) -> None:
+    with pytest.raises(ValueError, match="learned numbers"):
+        ACTIVATIONS[name].forward(torch.randn(3), (), None)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)

@@ -24,12 +24,14 @@ SEED, P = 0x1234_5678_9ABC_DEF0, 0.3
 ARGUMENTS: dict[str, tuple[float, ...]] = {
     "leaky_relu": (0.2,), "elu": (0.7,), "hardtanh": (-0.5, 0.7), "softplus": (2.0, 3.0),
 }  # fmt: skip
+LEARNED = {"prelu": (0.3,), "star_relu": (0.9, -0.4)}
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "act_weight")
 
 
 def inputs(activation: str = "gelu", dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
-    of_channels = {"act_weight": torch.full((1,), 0.3, dtype=dtype).requires_grad_() if activation == "prelu" else None}
-    return example_inputs(dtype, **options) | of_channels
+    learned = LEARNED.get(activation)
+    act_weight = None if learned is None else torch.tensor(learned, dtype=dtype).requires_grad_()
+    return example_inputs(dtype, **options) | {"act_weight": act_weight}
 
 
 def settings(activation: str = "gelu", p: float = P) -> tuple[Any, ...]:
@@ -92,7 +94,7 @@ def test_float64_equals_the_reference(activation: str) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, P])
-@pytest.mark.parametrize("activation", ["gelu", "silu", "mish", "prelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "mish", "prelu", "star_relu", "quick_gelu"])
 def test_gradients_and_second_gradients(activation: str, p: float) -> None:
     values = inputs(activation, torch.float64, rows=(2, 3))
     tensors = [values[name] for name in NAMES]

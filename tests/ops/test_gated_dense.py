@@ -25,7 +25,7 @@ ARGUMENTS: dict[str, tuple[float, ...]] = {
     "leaky_relu": (0.2,), "elu": (0.7,), "hardtanh": (-0.5, 0.7), "softplus": (2.0, 3.0),
 }  # fmt: skip
 NAMES = ("x", "gate_weight", "gate_bias", "up_weight", "up_bias", "weight2", "bias2")
-GATES = [name for name in ACTIVATIONS if name != "prelu"]
+GATES = [name for name in ACTIVATIONS if name not in ("prelu", "star_relu")]
 MODES = ("separate", "merged", "merged, gate second")
 
 

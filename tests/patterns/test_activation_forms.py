@@ -19,7 +19,8 @@ from fuse_pass.patterns.activation_forms import normal_form
 from fuse_pass.report import Reason
 from tests.patterns.truth import assert_agrees, assert_fused_like_eager, eager, fused, leaves
 
-FORMS = {row.name: row.forms for row in ACTIVATIONS.values() if row.forms}
+LEARNED = ("star_relu",)
+FORMS = {row.name: row.forms for row in ACTIVATIONS.values() if row.forms and row.name not in LEARNED}
 
 Elementwise = Callable[[Tensor], Tensor]
 ROOT = math.sqrt(2 / math.pi)
@@ -85,6 +86,27 @@ WRITTEN = {
     "gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU, "silu": SILU, "mish": MISH,
     "relu_squared": RELU_SQUARED, "hardswish_of_relu6": HARDSWISH, "hardsigmoid_of_relu6": HARDSIGMOID,
 }  # fmt: skip
+
+# Of a scale and a bias that are parameters.
+STAR_RELU: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "timm's StarReLU": lambda x, s, b: s * F.relu(x) ** 2 + b,
+    "in place": lambda x, s, b: s * F.relu(x, inplace=True) ** 2 + b,
+    "bias first": lambda x, s, b: b + s * F.relu(x).square(),
+    "product": lambda x, s, b: (lambda r: r * s * r + b)(F.relu(x)),
+    "addcmul of methods": lambda x, s, b: x.relu().pow(2).mul(s).add(b),
+    "no bias": lambda x, s, b: F.relu(x) ** 2 * s,
+}
+# One token away.
+NOT_STAR_RELU: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "scale squared": lambda x, s, b: s * s * F.relu(x) ** 2 + b,
+    "scale inside": lambda x, s, b: F.relu(s * x) ** 2 + b,
+    "bias times scale": lambda x, s, b: s * (F.relu(x) ** 2 + b),
+    "bias alone": lambda x, s, b: F.relu(x) ** 2 + b,
+    "cubed": lambda x, s, b: s * F.relu(x) ** 3 + b,
+    "minus the bias": lambda x, s, b: s * F.relu(x) ** 2 - b,
+    "a bias in two": lambda x, s, b: s * F.relu(x) ** 2 + b + b,
+    "scale as bias": lambda x, s, b: s * F.relu(x) ** 2 + s,
+}
 
 # Different functions, some of which are one token away from a form.
 OTHERS: dict[str, Elementwise] = {
@@ -188,6 +210,55 @@ def test_forms_of_different_names_differ(name: str) -> None:
         for other, forms in FORMS.items():
             if other != name:
                 assert not any(same(normal_form(form), normal_form(f), 1e-3) for f in forms)
+
+
+def with_learned(function: Callable[..., Tensor], shape: tuple[int, ...] = (1,)) -> tuple[Any, dict[str, Any]]:
+    tensors = inputs() | {"s": torch.full(shape, 0.9).requires_grad_(), "b": torch.full(shape, -0.4).requires_grad_()}
+    return lambda x, w1, b1, w2, s, b: F.linear(function(F.linear(x, w1, b1), s, b), w2), tensors
+
+
+@pytest.mark.parametrize("shape", [(1,), ()], ids=["one element", "no dimension"])
+@pytest.mark.parametrize("function", STAR_RELU.values(), ids=STAR_RELU)
+def test_learned_numbers_are_found_in_any_order(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    block, tensors = with_learned(function, shape)
+    found = assert_fused_like_eager(block, tensors, counts={"dense_act_dense": 1})
+    assert "star_relu" in found.calls("dense_act_dense")[0].args
+    for name in ("x", "b1"):
+        tensors[name].requires_grad_(False)
+    assert_fused_like_eager(block, tensors, counts={"dense_act_dense": 1})
+
+
+@pytest.mark.parametrize("function", NOT_STAR_RELU.values(), ids=NOT_STAR_RELU)
+def test_functions_of_learned_numbers_that_are_none_of_ours(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    assert_fused_like_eager(*with_learned(function), counts={})
+
+
+def test_a_learned_scale_per_channel_is_no_number() -> None:
+    block, tensors = with_learned(STAR_RELU["timm's StarReLU"])
+    assert_fused_like_eager(block, tensors | {"s": torch.randn(24, requires_grad=True)}, counts={})
+
+
+def test_learned_numbers_in_a_wider_dtype_make_the_rest_wider() -> None:
+    block, tensors = with_learned(STAR_RELU["timm's StarReLU"])
+
+    def in_bfloat16(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y: Tensor = block(x, w1, b1, w2, s, b)
+        return y
+
+    found = assert_fused_like_eager(in_bfloat16, tensors, counts={})
+    assert [decline.reason for decline in found.report.declines] == [Reason.DTYPES]
+
+
+def test_learned_numbers_that_depend_on_the_activation_are_left_alone() -> None:
+    """Then what is between the layers has a second reader."""
+    block, tensors = with_learned(lambda x, s, b: x.mean().view(1) * F.relu(x) ** 2 + b)
+    found = assert_fused_like_eager(block, tensors, counts={})
+    assert Reason.SECOND_READER in {decline.reason for decline in found.report.declines}
 
 
 def scaled(x: Tensor, factors: list[float], form: Elementwise) -> Tensor:

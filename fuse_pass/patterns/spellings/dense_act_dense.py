@@ -104,6 +104,7 @@ _SPELLINGS: dict[str, Any] = {
     "tanh": lambda x, w1, b1, w2, b2: F.linear(F.linear(x, w1, b1).tanh(), w2, b2),
     "softplus": lambda x, w1, b1, w2, b2: F.linear(F.softplus(F.linear(x, w1, b1), 2.0, 3.0), w2, b2),
     "squared relu": lambda x, w1, b1, w2, b2: F.linear(torch.square(F.relu(F.linear(x, w1, b1))), w2, b2),
+    "star relu": lambda x, w1, b1, w2, b2: F.linear(b1[:1] * F.relu(F.linear(x, w1, b1)) ** 2 + b1[1:2], w2, b2),
     "hardswish written out": lambda x, w1, b1, w2, b2: F.linear(
         (lambda h: h * F.relu6(h + 3) / 6)(F.linear(x, w1, b1)), w2, b2
     ),
