@@ -15,6 +15,10 @@ from fuse_pass.bench.models import mlp
 from fuse_pass.bench.rows import Row, bert
 from fuse_pass.commands import timing
 from fuse_pass.commands.named_models import Example
+from fuse_pass.numerics.formats import Granularity, as_format
+from fuse_pass.numerics.spec import QuantSpec, Site
+from fuse_pass.quantization.calibrate import calibrate
+from fuse_pass.quantization.convert import convert
 from fuse_pass.quantization.functional import fake_quantize
 from fuse_pass.quantization.pack import pack
 
@@ -98,6 +102,22 @@ def _packed(spec: str, rows: int) -> Cost:
     return Cost(f"numbers/packed/{spec}/{rows}", "float32 eager", build)
 
 
+def _packed_from_converted(rows: int) -> Cost:
+    """int8 with static scales: what was calibrated, packed, against its simulation, both compiled."""
+
+    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+        model, x = mlp(768, 3072).to(device).eval(), torch.randn(rows, 768, device=device)
+        per_row = Site(as_format("int8"), granularity=Granularity("channel", axis=0))
+        simulated = convert(model, QuantSpec(input=Site(as_format("int8"), scale="static"), weight=per_row))
+        calibrate(simulated, [x], progress=False)
+        ours, theirs = (
+            torch.compile(own_function(module), backend=FuseBackend()) for module in (pack(simulated), simulated)
+        )
+        return _without_grad(ours, x), _without_grad(theirs, x)
+
+    return Cost(f"numbers/packed/int8_static/{rows}", "its simulation", build)
+
+
 def _packed_against_torch_dynamic(rows: int) -> Cost:
     """int8 on a CPU, against PyTorch's own dynamic quantisation, whose activations share one scale."""
 
@@ -118,7 +138,6 @@ def _without_grad(call: Callable[[Tensor], object], x: Tensor) -> Callable[[], o
     return run
 
 
-_PACKED = ("int8", "int8_weight_only", "int4_weight_only", "b1.58")
 COSTS = (
     _alone("fp8_e4m3"),
     _alone("fp8_e5m2"),
@@ -133,5 +152,6 @@ COSTS = (
         for spec in ("int8", "int8_weight_only", "int4_weight_only", "b1.58")
         for rows in (1, 16, 512)
     ),
+    *(_packed_from_converted(rows) for rows in (1, 16, 512)),
     *(_packed_against_torch_dynamic(rows) for rows in (1, 16, 512)),
 )

@@ -8,6 +8,14 @@ from fuse_pass.quantization.layers import *  # noqa: F403 - every Quantized* lay
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
 from fuse_pass.quantization.layers.packed import PackedLinear
+from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear
 
-__all__ = ["BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", "PackedLinear"]
+__all__ = [
+    "BitLinear",
+    "FusedDenseGELUDense",
+    "FusedDropoutLayerNorm",
+    "Int8Linear",
+    "PackedLinear",
+    "PackedQuantizedLinear",
+]
 __all__ += layers.__all__

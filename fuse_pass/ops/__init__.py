@@ -12,6 +12,7 @@ from fuse_pass.ops import (
     packed_dense,
     prepacked,
     products,
+    quantized_dense,
     seed,
     straight_through,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "packed_dense",
     "prepacked",
     "products",
+    "quantized_dense",
     "seed",
     "straight_through",
 ]

@@ -17,7 +17,7 @@ from fuse_pass.numerics.formats import FloatFormat, Format, Granularity, IntForm
 from fuse_pass.numerics.spec import Site
 from fuse_pass.ops.fake_quantize import OVERFLOWS
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
-from fuse_pass.quantization.quantizers import quantizer_for
+from fuse_pass.quantization.quantizers import Quantizer, quantizer_for
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WEYL = -0x61C8864680B583EB  # odd, 2**64 / golden ratio: seeds of successive calls differ in many bits
@@ -98,15 +98,20 @@ def quantize_at(site: Site | None, x: Tensor, scale: Tensor | None = None, zero_
         shape = [1] * x.dim()
         shape[axis] = -1
         scale, zero_point = scale.view(shape), None if zero_point is None else zero_point.view(shape)
-    quantizer = quantizer_for(
+    qparams = None if scale is None else (scale, zero_point)
+    seed = _seed_for(x, site.rounding, None, None)
+    return quantizer_at(site, has_scale=scale is not None).fake_quantize(x, qparams, seed)
+
+
+def quantizer_at(site: Site, *, has_scale: bool) -> Quantizer[Any]:
+    """What rounds at a site, for which a scale was set or not."""
+    return quantizer_for(
         site.format,
         site.rounding,
         site.granularity,
-        is_dynamic=scale is None and (site.scale or site.format.default_scale) is not None,
+        is_dynamic=not has_scale and (site.scale or site.format.default_scale) is not None,
         clip_grad=site.clip_grad or site.scale == "learned",
     )
-    qparams = None if scale is None else (scale, zero_point)
-    return quantizer.fake_quantize(x, qparams, _seed_for(x, site.rounding, None, None))
 
 
 def absmax_quantize(x: Tensor, bits: int = 8, *, dim: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:

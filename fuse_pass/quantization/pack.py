@@ -12,7 +12,9 @@ from fuse_pass.quantization import swapping
 from fuse_pass.quantization.layers import QuantizedLayer
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
-from fuse_pass.quantization.layers.packed import PackedLinear
+from fuse_pass.quantization.layers.linear import QuantizedLinear
+from fuse_pass.quantization.layers.packed import PackedLayer, PackedLinear
+from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear, problem_of
 from fuse_pass.quantization.names import NameFilter, Names
 from fuse_pass.quantization.packing import SPECS, Packed, PackSpec, of_integers
 from fuse_pass.report import Decline, Match, Reason, Report, publish
@@ -28,10 +30,10 @@ def pack(
 ) -> nn.Module:
     """Replaces Linear layers by ones that hold their weights in few bits and multiply by those; for inference.
 
-    Layers that are quantised already, `BitLinear` and `Int8Linear`, are packed to what they compute, whatever the spec
-    says: the packed layer gives the same results (of an `Int8Linear` those after `quantize_()`). `nn.Linear` is
-    replaced by exact type, where a spec is given. What was packed and what was not, and why, goes to every open
-    `fuse_pass.collect()`.
+    Layers that are quantised already, `BitLinear`, `Int8Linear` and the `QuantizedLinear` of `convert`, are packed to
+    what they compute, whatever the spec says: the packed layer gives the same results (of an `Int8Linear` those after
+    `quantize_()`, of a `QuantizedLinear` up to the rounding of sums). `nn.Linear` is replaced by exact type, where a
+    spec is given. What was packed and what was not, and why, goes to every open `fuse_pass.collect()`.
 
     A layer that is used in several places is replaced by one layer; one whose weight another layer uses too (tied
     embeddings) gets packed codes of its own, and the weight stays with the other.
@@ -72,7 +74,7 @@ def pack(
 
 
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Replaces every `PackedLinear` by an `nn.Linear` with the real numbers that its codes stand for.
+    """Replaces every packed layer by an `nn.Linear` with the real numbers that its codes stand for.
 
     What packing rounded away does not come back; inputs are no longer rounded.
 
@@ -90,7 +92,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"unpack: expected a torch.nn.Module, got {type(model).__name__}")
 
     def swap(module: nn.Module, name: str) -> nn.Module:
-        return module.to_float() if isinstance(module, PackedLinear) else module
+        return module.to_float() if isinstance(module, PackedLayer) else module
 
     result = swapping.swapped(model if inplace else copy.deepcopy(model), swap)
     swapping.guard_fast_paths(result, _GUARDED)
@@ -98,7 +100,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 _Decline = tuple[Reason, str]
-_GUARDED = (PackedLinear, QuantizedLayer, Int8Linear)
+_GUARDED = (PackedLayer, QuantizedLayer, Int8Linear)
 
 
 def _spec_of(spec: PackSpec | str | None) -> PackSpec | None:
@@ -112,19 +114,18 @@ def _spec_of(spec: PackSpec | str | None) -> PackSpec | None:
 
 def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decline | None]:
     """The packed layer, or the module itself and why it stays; None where that goes without saying."""
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLayer):
         return module, (Reason.OVERLAP, "is packed already")
     if isinstance(module, QuantizedLayer):
-        return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
+        return _of_quantized_layer(module)
     kind = type(module)
     if kind not in (BitLinear, Int8Linear) and (spec is None or kind is not nn.Linear):
         weight = private.parameters_of(module).get("weight")
         is_asked = spec is not None and (isinstance(module, nn.Linear) or (weight is not None and weight.dim() > 1))
         return module, (Reason.NO_QUANTIZED_LAYER, f"{kind.__name__} has no packed layer") if is_asked else None
-    if "forward" in vars(module):
-        return module, (Reason.NO_QUANTIZED_LAYER, "its forward was replaced")
-    if not _has_weight_of_its_own(module):
-        return module, (Reason.NO_QUANTIZED_LAYER, "its weight is computed (pruned)")
+    problem = _problem_of_tensors(module)
+    if problem:
+        return module, (Reason.NO_QUANTIZED_LAYER, problem)
     if isinstance(module, BitLinear):
         return _of_bit_linear(module), None
     if isinstance(module, Int8Linear):
@@ -132,6 +133,19 @@ def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decli
     assert isinstance(module, nn.Linear)
     assert spec is not None
     return PackedLinear.from_float(module, spec), None
+
+
+def _of_quantized_layer(module: QuantizedLayer) -> tuple[nn.Module, _Decline | None]:
+    if type(module) is not QuantizedLinear:
+        return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
+    problem = _problem_of_tensors(module) or problem_of(module)
+    return (module, (Reason.NO_QUANTIZED_LAYER, problem)) if problem else (PackedQuantizedLinear(module), None)
+
+
+def _problem_of_tensors(module: nn.Module) -> str:
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return "" if _has_weight_of_its_own(module) else "its weight is computed (pruned)"
 
 
 def _has_weight_of_its_own(module: nn.Module) -> bool:
@@ -169,5 +183,5 @@ def _layer(old: BitLinear | Int8Linear, spec: PackSpec, weight: Packed) -> Packe
 
 
 def _excluded(module: nn.Module) -> _Decline | None:
-    is_packable = type(module) in (nn.Linear, BitLinear, Int8Linear)
+    is_packable = type(module) in (nn.Linear, BitLinear, Int8Linear, QuantizedLinear)
     return (Reason.EXCLUDED, "the caller left it out") if is_packable else None

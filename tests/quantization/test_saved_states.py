@@ -1,7 +1,7 @@
 """State dicts that were saved by releases before this one load.
 
-`tests/data/state_dicts.json` holds, for every layer, the name, dtype and shape of all that version 0.1.0 saved of it; the
-quantised ones were calibrated with a static input scale and int8 weights.
+`tests/data/state_dicts.json` holds, for every layer, the name, dtype and shape of all that version 0.1.0 saved of it;
+the quantised ones were calibrated with a static input scale and int8 weights.
 """
 
 from __future__ import annotations

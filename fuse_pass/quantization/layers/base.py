@@ -124,6 +124,15 @@ class QuantizedLayer(nn.Module):
         if self._watch is not None:  # by `calibrate`, before there are scales
             self._watch(name, x)
             return quantize_at(replace(site, scale="dynamic") if site.takes_scale else site, x)
+        return quantize_at(site, x, *self.qparams_at(name, x))
+
+    def qparams_at(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point that were set for a site; None where they are taken from x, or there are none.
+
+        Raises:
+            RuntimeError: they should have been set, and were not.
+        """
+        site: Site = getattr(self.spec, name)
         scale = getattr(self, f"{name}_scale", None) if site.takes_scale else None
         if scale is None and site.needs_scale:
             raise RuntimeError(
@@ -133,7 +142,7 @@ class QuantizedLayer(nn.Module):
         zero_point = None if scale is None else getattr(self, f"{name}_zero_point", None)
         if scale is not None and site.scale == "learned":
             scale = _learned_step(site, x, scale, batched=name not in ("weight", "bias"))
-        return quantize_at(site, x, scale, zero_point)
+        return scale, zero_point
 
     def _input(self, x: Tensor) -> Tensor:
         return self._at("input", x)

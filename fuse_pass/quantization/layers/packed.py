@@ -8,13 +8,110 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fuse_pass.inductor import private
 from fuse_pass.ops.packed_dense import PackedWeight, packed_dense
 from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
 
-_FLOATS = ("scale", "shift", "table")
+
+class PackedLayer(nn.Module):
+    """What Linear layers with a packed weight have in common.
+
+    The weight is no Parameter. The state dict holds `words` (int32, the packed codes), scales, `bias`, and
+    `packed_format` (uint8, JSON: what the codes stand for); `.to(dtype)` leaves all but the bias as they are.
+
+    Args:
+        in_features: size of an input row.
+        out_features: size of an output row.
+        content: what the codes stand for, as bytes.
+        words: the packed codes.
+        bias: `[out_features]` or None; the same Parameter.
+    """
+
+    words: Tensor
+    scale: Tensor
+    packed_format: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, content: bytes, words: Tensor, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self._content = in_features, out_features, content
+        self.register_buffer("words", words)
+        described = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self.register_buffer("packed_format", described.to(words.device))
+        self.bias = bias
+
+    @torch.no_grad()
+    def to_float(self) -> nn.Linear:
+        """An `nn.Linear` with the real numbers that the codes stand for as its weight, and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.real_weight().to(torch.float32 if self.bias is None else self.bias.dtype))
+        linear.bias = self.bias  # type: ignore[assignment]  # may be None
+        return linear.train(self.training)
+
+    def real_weight(self) -> Tensor:
+        """`[out_features, in_features]`, what the codes stand for."""
+        raise NotImplementedError
+
+    def _described(self, content: bytes) -> object:
+        """What the bytes of `packed_format` say, for messages; ValueError where they say nothing."""
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
+        if fits and x.device == self.words.device:
+            return
+        like = x.dtype if x.is_floating_point() else torch.float32
+        F.linear(x, torch.zeros((), dtype=like, device=self.words.device).expand(self.out_features, self.in_features))
+        raise RuntimeError(
+            f"{type(self).__name__}: expected a floating-point x [..., {self.in_features}] on {self.words.device}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weight and its scales, without the bias."""
+        held = {**private.buffers_of(self), "packed_format": None, "table": None}
+        return sum(buffer.nbytes for buffer in held.values() if buffer is not None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """`.to()`, `.half()` and their like, except that scales and tables keep their dtype."""
+        before = dict(private.buffers_of(self))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            if buffer is not None and now.dtype is not buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        content = state_dict.get(f"{prefix}packed_format")
+        if content is not None:
+            try:
+                found = self._described(bytes(content.cpu().tolist()))
+                expected = self._described(self._content)
+            except ValueError as error:
+                errors.append(f"{prefix}{error}")
+                return
+            if found != expected:
+                errors.append(f"{prefix}packed_format: expected {expected}, got {found}; pack the model by that spec")
+                return
+        elif f"{prefix}weight" in state_dict:
+            errors.append(
+                f"{prefix}weight: this layer is packed and expects words and scale, got a plain weight; "
+                "load it into the model before fuse_pass.pack"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedLayer):
     """`[..., in_features] → [..., out_features]` by a weight of 8, 4, 2 or 1 bits; the formulas are in
     `fuse_pass.ops.packed_dense`.
 
@@ -32,28 +129,20 @@ class PackedLinear(nn.Module):
         bias: `[out_features]` or None; the same Parameter.
     """
 
-    words: Tensor
-    scale: Tensor
     shift: Tensor | None
     table: Tensor | None
-    packed_format: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, spec: PackSpec, weight: Packed, bias: nn.Parameter | None
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        super().__init__(in_features, out_features, spec.to_bytes(), weight.words, bias)
+        self.spec = spec
         # As the op takes them: Dynamo guards what it reads of a spec one by one, in every call.
         self._settings = (spec.kind, spec.bits, out_features)
-        self.register_buffer("words", weight.words)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("shift", weight.shift)
-        device = weight.words.device
-        table = torch.tensor(TABLES[spec.table], dtype=torch.float32, device=device) if spec.table else None
-        self.register_buffer("table", table, persistent=False)
-        content = torch.frombuffer(bytearray(spec.to_bytes()), dtype=torch.uint8)
-        self.register_buffer("packed_format", content.to(device))
-        self.bias = bias
+        table = torch.tensor(TABLES[spec.table], dtype=torch.float32) if spec.table else None
+        self.register_buffer("table", None if table is None else table.to(weight.words.device), persistent=False)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: PackSpec) -> Self:
@@ -66,16 +155,7 @@ class PackedLinear(nn.Module):
         layer = cls(linear.in_features, linear.out_features, spec, weight, linear.bias)
         return layer.train(linear.training)
 
-    @torch.no_grad()
-    def to_float(self) -> nn.Linear:
-        """An `nn.Linear` with the real numbers that the codes stand for as its weight, and the same bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.real_weight().to(torch.float32 if self.bias is None else self.bias.dtype))
-        linear.bias = self.bias  # type: ignore[assignment]  # may be None
-        return linear.train(self.training)
-
     def real_weight(self) -> Tensor:
-        """`[out_features, in_features]`, what the codes stand for."""
         return PackedWeight(*self._weight()).real(self.in_features)
 
     def _weight(self) -> tuple[Any, ...]:
@@ -86,54 +166,8 @@ class PackedLinear(nn.Module):
         self._check_input(x)
         return packed_dense(x, self._weight(), self.bias, self.spec.threshold)
 
-    def _check_input(self, x: Tensor) -> None:
-        fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
-        if fits and x.device == self.words.device:
-            return
-        like = x.dtype if x.is_floating_point() else torch.float32
-        F.linear(x, torch.zeros((), dtype=like, device=self.words.device).expand(self.out_features, self.in_features))
-        raise RuntimeError(
-            f"PackedLinear: expected a floating-point x [..., {self.in_features}] on {self.words.device}, "
-            f"got {x.dtype} {list(x.shape)} on {x.device}"
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed weight and its scales, without the bias."""
-        return sum(buffer.nbytes for buffer in (self.words, self.scale, self.shift) if buffer is not None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """`.to()`, `.half()` and their like, except that scales and tables keep their dtype."""
-        before = {name: getattr(self, name) for name in _FLOATS}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = getattr(self, name)
-            if now is not None and now.dtype is not buffer.dtype:
-                setattr(self, name, buffer.to(now.device))
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
-        errors: list[str],
-    ) -> None:  # fmt: skip
-        content = state_dict.get(f"{prefix}packed_format")
-        if content is not None:
-            try:
-                found = PackSpec.from_bytes(bytes(content.cpu().tolist()))
-            except ValueError as error:
-                errors.append(f"{prefix}{error}")
-                return
-            if found != self.spec:
-                errors.append(f"{prefix}packed_format: expected {self.spec}, got {found}; pack the model by that spec")
-                return
-        elif f"{prefix}weight" in state_dict:
-            errors.append(
-                f"{prefix}weight: this layer is packed and expects words and scale, got a plain weight; "
-                "load it into the model before fuse_pass.pack"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+    def _described(self, content: bytes) -> object:
+        return PackSpec.from_bytes(content)
 
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, {self.spec}"
+        return f"{super().extra_repr()}, {self.spec}"

@@ -1,0 +1,185 @@
+"""A Linear between integers: what a simulated one computes, by sums of the integers themselves.
+
+    a = clamp(round(x / s_x) + z_x)                        int8
+    y = (Σ (a − z_x) (c − z_W)) · s_W · s_x + b            c the codes of the weight, z_W and s_W per row of it
+
+Shapes: x `[..., d_in]`, x_scale and x_zero `[]` or one for every row of x, words int32 `[tiles, words, 16]` (see
+`kernels.few_bits`), scale float `[d_out]`, zero and sums int32 `[d_out]` (sums = Σ (c − z_W) over d_in),
+bias `[d_out]`, y `[..., d_out]` in the dtype of x.
+
+The sums are exact in int32 where d_in is at most `max_inner`; so y is the simulated one up to the rounding of sums. A
+NaN spoils its row, and no other. The gradients are those of `F.linear(x, Ŵ, bias)`, straight through the rounding of x,
+or 0 where x is clipped; the weight and the scales have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_pass.gemm.product import product
+from fuse_pass.inductor import private
+from fuse_pass.kernels import few_bits
+from fuse_pass.numerics import rounding as core
+from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of
+from fuse_pass.ops.arguments import Arguments
+from fuse_pass.ops.fake_quantize_int import round_to_multiples
+from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
+from fuse_pass.ops.library import cast_for_autocast
+from fuse_pass.ops.packed_dense import integer_product
+from fuse_pass.ops.plain import are_transformed
+from fuse_pass.ops.straight_through import clip_gradient
+
+
+def max_inner(bits: int, *, has_zero_point: bool) -> int:
+    """The largest d_in whose sums stay in int32, for codes of so many bits and for x with a zero point or without."""
+    largest: int = (2**31 - 1) // ((2**bits - 1) * (255 if has_zero_point else 128))
+    return largest
+
+
+@dataclass(frozen=True)
+class IntegerWeight(Arguments):
+    """Ŵ = (c − zero) · scale, `[columns, d_in]`, as it is kept; see the top of this file."""
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor
+    sums: Tensor
+    bits: int
+    columns: int
+
+    def codes(self, inner: int) -> Tensor:
+        return few_bits.unpack(self.words, self.columns, inner, self.bits)
+
+    def real(self, inner: int) -> Tensor:
+        """In the dtype of the scale."""
+        return (self.codes(inner).to(self.scale.dtype) - self.zero.unsqueeze(1)) * self.scale.unsqueeze(1)
+
+    def centred_sums(self, a: Tensor) -> Tensor:
+        """`Σ a (c − z_W)`, int32 `[rows, columns]`, for int8 a."""
+        of_rows = a.sum(1, dtype=torch.int32).unsqueeze(1)
+        if a.device.type == "cpu":
+            sums: Tensor = integer_product(a, self.words, self.columns, self.bits)
+            return sums - of_rows * self.zero
+        # In the open, where Inductor and the device's library see it; codes of 8 bits do not fit into int8.
+        shift = 128 if self.bits == 8 else 0
+        shifted = (self.codes(a.shape[1]).to(torch.int16) - shift).to(torch.int8)
+        return product(a, shifted) - of_rows * (self.zero - shift)
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """How x becomes integers."""
+
+    quant_min: int
+    quant_max: int
+    rounding: str
+    clip_grad: bool
+
+
+@dataclass(frozen=True)
+class QuantizedDense(FusedOp):
+    """x stays wide under autocast; the result is in autocast's dtype."""
+
+    autocast = ("cpu", "cuda")
+    exact_quotients = True
+
+    x: Tensor
+    x_scale: Tensor
+    x_zero: Tensor | None
+    weight: IntegerWeight
+    bias: Tensor | None
+    how: InputRounding
+
+    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
+        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
+
+    def forward(self) -> Tensor:
+        x, weight, how = rows_of(self.x), self.weight, self.how
+        carrier = core.compute_carrier(x.dtype)
+        step = self.x_scale.to(carrier.dtype).reshape(-1, 1)
+        q = round_to_multiples(quotient(x.to(carrier.dtype), step), carrier, 0, how.rounding)
+        zero = None if self.x_zero is None else self.x_zero.to(carrier.dtype).reshape(-1, 1)
+        q = (q if zero is None else q + zero).clamp(how.quant_min, how.quant_max)
+        is_spoiled = q.isnan().any(1, keepdim=True)
+        sums = weight.centred_sums(torch.where(q.isnan(), 0.0, q).to(torch.int8))
+        if zero is not None:
+            # The zero point of a spoiled row may be NaN.
+            sums = sums - torch.where(zero.isnan(), 0.0, zero).to(torch.int32) * weight.sums
+        wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
+        # In this order nothing overflows that does not overflow in the result.
+        y = torch.where(is_spoiled, math.nan, sums.to(wide) * weight.scale * step)
+        y = y if self.bias is None else y + self.bias
+        # No view for autograd: users may write into the result of a layer.
+        return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], weight.columns))
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.weight.columns))
+
+
+@dataclass(frozen=True)
+class QuantizedDenseGradients(Gradients):
+    """Of x in its dtype and of the bias in the accumulation dtype."""
+
+    of = ("x", "bias")
+
+    x: Tensor
+    x_scale: Tensor
+    x_zero: Tensor | None
+    weight: IntegerWeight
+    how: InputRounding
+
+    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
+        dtype = accumulation_dtype(grad_y.dtype)
+        grad, grads = rows_of(grad_y).to(dtype), {}
+        if "x" in needed:
+            grad_x = product(grad, self.weight.real(self.x.shape[-1]).to(dtype).t())
+            grads["x"] = self._inside(grad_x).to(self.x.dtype).view(self.x.shape)
+        if "bias" in needed:
+            grads["bias"] = grad.sum(0)
+        return grads
+
+    def _inside(self, grad_x: Tensor) -> Tensor:
+        if not self.how.clip_grad:
+            return grad_x
+        wide = core.compute_carrier(self.x.dtype).dtype
+        position = rows_of(self.x).to(wide) / self.x_scale.to(wide).reshape(-1, 1)
+        position = position if self.x_zero is None else position + self.x_zero.reshape(-1, 1)
+        inside: Tensor = clip_gradient(grad_x, position, self.how.quant_min, self.how.quant_max)
+        return inside
+
+    def like(self, name: str, grad_y: Tensor) -> Tensor:
+        if name == "bias":
+            return grad_y.new_empty(self.weight.columns, dtype=accumulation_dtype(grad_y.dtype))
+        return torch.empty_like(self.x, memory_format=torch.contiguous_format)
+
+
+quantized_dense_op = register("quantized_dense", QuantizedDense, QuantizedDenseGradients)
+_under_transforms = under_transforms(quantized_dense_op)
+
+
+def quantized_dense(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight: Sequence[Any],
+    bias: Tensor | None,
+    how: Sequence[Any],
+) -> Tensor:
+    """The op, also inside of `torch.func` transforms.
+
+    Args:
+        x: `[..., d_in]`, floating point.
+        x_scale: see the top of this file.
+        x_zero: likewise; None for symmetric integers.
+        weight: the arguments of an `IntegerWeight`.
+        bias: `[d_out]`.
+        how: the arguments of an `InputRounding`.
+    """
+    op = _under_transforms if are_transformed(x, bias) else quantized_dense_op
+    return op(x, x_scale, x_zero, *weight, bias, *how)  # type: ignore[no-any-return]
