@@ -50,7 +50,7 @@ class Quantizer(Generic[FormatT]):
 
     format: FormatT
     rounding: str
-    granularity: Granularity = Granularity()  # noqa: RUF009  # frozen
+    granularity: Granularity  # without a default, which Dynamo of PyTorch 2.11 could not read
     is_dynamic: bool = False
     overflow: str | None = None
     clip_grad: bool = False
