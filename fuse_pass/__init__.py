@@ -18,6 +18,7 @@ from fuse_pass.numerics.formats import (
 from fuse_pass.numerics.spec import QuantSpec, Site
 from fuse_pass.quantization import observers
 from fuse_pass.quantization.calibrate import calibrate
+from fuse_pass.quantization.comparison import Comparison, compare
 from fuse_pass.quantization.convert import convert
 from fuse_pass.quantization.functional import FloatPrecisionSimulator, absmax_quantize, fake_quantize
 from fuse_pass.quantization.pack import pack, unpack
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitLinear",
     "BlockFormat",
+    "Comparison",
     "Decline",
     "FixedFormat",
     "FloatFormat",
@@ -52,6 +54,7 @@ __all__ = [
     "absmax_quantize",
     "calibrate",
     "collect",
+    "compare",
     "compile",
     "convert",
     "coverage",

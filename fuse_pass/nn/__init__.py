@@ -8,6 +8,7 @@ from fuse_pass.quantization.layers import *  # noqa: F403 - every Quantized* lay
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
 from fuse_pass.quantization.layers.packed import PackedLinear
+from fuse_pass.quantization.layers.packed_embedding import PackedEmbedding
 from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FusedDenseGELUDense",
     "FusedDropoutLayerNorm",
     "Int8Linear",
+    "PackedEmbedding",
     "PackedLinear",
     "PackedQuantizedLinear",
 ]

@@ -15,26 +15,25 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fuse_pass.numerics.formats import Granularity
 from fuse_pass.numerics.spec import Site
+from fuse_pass.quantization import batches as batches_of_data
+from fuse_pass.quantization.batches import Batch
 from fuse_pass.quantization.layers import QuantizedLayer
 from fuse_pass.quantization.layers.base import whole_weight
 from fuse_pass.quantization.observers import Observer, as_observer
 from fuse_pass.report import Decline, Match, Reason, Report, publish
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MakeObserver = Callable[[Granularity], Observer]
 
 _ACTIVATIONS = ("input", "output", "state")
 _PARAMETERS = ("weight", "bias")
-_SECONDS_UNTIL_SHOWN = 2.0
 
 
 def calibrate(
@@ -70,8 +69,7 @@ def calibrate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(f"calibrate: expected batches, got one {type(batches).__name__}; put it into a list")
+    batches_of_data.require_batches(batches, "calibrate")
     recorders = _recorders(model, observer)
     with _observing(model, recorders):
         if not _run(model, batches, progress):
@@ -196,49 +194,23 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _observing(model: nn.Module, recorders: list[_Recorder]) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled code, and every layer watched; all as before at the end."""
-    training = {module: module.training for module in model.modules()}
+    """Every layer of an evaluated model is watched."""
     hooks = []
     try:
         for recorder in recorders:
             hooks.append(recorder.layer.register_forward_pre_hook(recorder.begin, prepend=True))
             recorder.layer._watch = recorder.watch
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with batches_of_data.evaluating(model):
             yield
     finally:
         for hook in hooks:
             hook.remove()
         for recorder in recorders:
             recorder.layer.__dict__.pop("_watch", None)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _run(model: nn.Module, batches: Iterable[Batch], progress: bool | None) -> int:
     count = 0
-    for count, batch in enumerate(_shown(batches, progress), 1):
-        if isinstance(batch, Tensor):
-            model(batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        elif isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            raise TypeError(
-                f"calibrate: batch {count}: expected a tensor, tuple or dict of inputs, got {type(batch).__name__}"
-            )
+    for count, batch in enumerate(batches_of_data.shown(batches, "calibrate", progress), 1):
+        batches_of_data.call(model, batch, count, "calibrate")
     return count
-
-
-def _shown(batches: Iterable[Batch], progress: bool | None) -> Iterable[Batch]:
-    """The batches, with a bar where one is wanted and tqdm is there."""
-    if progress is False:
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    # `disable=None` is tqdm's "not on a terminal"
-    disable, delay = (False, 0.0) if progress else (None, _SECONDS_UNTIL_SHOWN)
-    return tqdm(batches, desc="calibrate", unit="batch", delay=delay, disable=disable, leave=False)

@@ -8,12 +8,14 @@ from torch import nn
 
 from fuse_pass.inductor import private
 from fuse_pass.numerics import bit_codes
+from fuse_pass.ops.packed_dense import INT8, LLM_INT8, WEIGHT_ONLY
 from fuse_pass.quantization import swapping
 from fuse_pass.quantization.layers import QuantizedLayer
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
 from fuse_pass.quantization.layers.linear import QuantizedLinear
 from fuse_pass.quantization.layers.packed import PackedLayer, PackedLinear
+from fuse_pass.quantization.layers.packed_embedding import PackedEmbedding
 from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear, problem_of
 from fuse_pass.quantization.names import NameFilter, Names
 from fuse_pass.quantization.packing import SPECS, Packed, PackSpec, of_integers
@@ -28,12 +30,15 @@ def pack(
     exclude: Names | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Replaces Linear layers by ones that hold their weights in few bits and multiply by those; for inference.
+    """Replaces Linear and Embedding layers by ones that hold their weights in few bits, and multiply by those.
+
+    For inference.
 
     Layers that are quantised already, `BitLinear`, `Int8Linear` and the `QuantizedLinear` of `convert`, are packed to
     what they compute, whatever the spec says: the packed layer gives the same results (of an `Int8Linear` those after
-    `quantize_()`, of a `QuantizedLinear` up to the rounding of sums). `nn.Linear` is replaced by exact type, where a
-    spec is given. What was packed and what was not, and why, goes to every open `fuse_pass.collect()`.
+    `quantize_()`, of a `QuantizedLinear` up to the rounding of sums). `nn.Linear` and `nn.Embedding` are replaced by
+    exact type, where a spec is given; tables by their weight alone ("int8" and "llm_int8" make "int8_weight_only" of
+    them). What was packed and what was not, and why, goes to every open `fuse_pass.collect()`.
 
     A layer that is used in several places is replaced by one layer; one whose weight another layer uses too (tied
     embeddings) gets packed codes of its own, and the weight stays with the other.
@@ -119,9 +124,10 @@ def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decli
     if isinstance(module, QuantizedLayer):
         return _of_quantized_layer(module)
     kind = type(module)
-    if kind not in (BitLinear, Int8Linear) and (spec is None or kind is not nn.Linear):
+    if kind not in (BitLinear, Int8Linear) and (spec is None or kind not in (nn.Linear, nn.Embedding)):
         weight = private.parameters_of(module).get("weight")
-        is_asked = spec is not None and (isinstance(module, nn.Linear) or (weight is not None and weight.dim() > 1))
+        has_weight = isinstance(module, (nn.Linear, nn.Embedding)) or (weight is not None and weight.dim() > 1)
+        is_asked = spec is not None and has_weight
         return module, (Reason.NO_QUANTIZED_LAYER, f"{kind.__name__} has no packed layer") if is_asked else None
     problem = _problem_of_tensors(module)
     if problem:
@@ -130,9 +136,21 @@ def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decli
         return _of_bit_linear(module), None
     if isinstance(module, Int8Linear):
         return _of_int8_linear(module), None
-    assert isinstance(module, nn.Linear)
     assert spec is not None
+    if isinstance(module, nn.Embedding):
+        return _of_embedding(module, spec)
+    assert isinstance(module, nn.Linear)
     return PackedLinear.from_float(module, spec), None
+
+
+def _of_embedding(module: nn.Embedding, spec: PackSpec) -> tuple[nn.Module, _Decline | None]:
+    """Nothing is multiplied, so that only the weight can be in few bits."""
+    if module.max_norm is not None:
+        return module, (Reason.NO_QUANTIZED_LAYER, "its table is written to in every call (max_norm)")
+    chosen = PackSpec("int8_weight_only") if spec.name in (INT8, LLM_INT8) else spec
+    if chosen.kind != WEIGHT_ONLY:
+        return module, (Reason.NO_QUANTIZED_LAYER, f"an Embedding has no packed layer of {spec.name}")
+    return PackedEmbedding(module, chosen), None
 
 
 def _of_quantized_layer(module: QuantizedLayer) -> tuple[nn.Module, _Decline | None]:
@@ -183,5 +201,5 @@ def _layer(old: BitLinear | Int8Linear, spec: PackSpec, weight: Packed) -> Packe
 
 
 def _excluded(module: nn.Module) -> _Decline | None:
-    is_packable = type(module) in (nn.Linear, BitLinear, Int8Linear, QuantizedLinear)
+    is_packable = type(module) in (nn.Linear, nn.Embedding, BitLinear, Int8Linear, QuantizedLinear)
     return (Reason.EXCLUDED, "the caller left it out") if is_packable else None

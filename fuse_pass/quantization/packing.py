@@ -114,13 +114,21 @@ def _int8(weight: Tensor, spec: PackSpec) -> Packed:
     return of_integers(steps, scale.float(), spec.name)
 
 
-def _int8_weight_only(weight: Tensor, spec: PackSpec) -> Packed:
+@dataclass(frozen=True)
+class Codes:
+    """Of a weight-only spec: codes uint8 `[d_out, d_in up to whole groups]`, scale and shift `[d_out, groups]`."""
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None = None
+
+
+def _int8_weight_only(weight: Tensor, spec: PackSpec) -> Codes:
     steps, scale = quantize_rows(weight)
-    codes = steps.contiguous().view(torch.uint8)
-    return Packed(few_bits.pack(codes, 8), few_bits.pack_columns(scale.float().unsqueeze(1)))
+    return Codes(steps.contiguous().view(torch.uint8), scale.float().unsqueeze(1))
 
 
-def _int4(weight: Tensor, spec: PackSpec) -> Packed:
+def _int4(weight: Tensor, spec: PackSpec) -> Codes:
     groups = _grouped(weight, spec.group)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if spec.symmetric:
@@ -131,12 +139,11 @@ def _int4(weight: Tensor, spec: PackSpec) -> Packed:
         scale = (high - low) / 15
         zero = torch.round(-low / _divisor(scale).squeeze(-1)).clamp(0, 15)
         steps = (torch.round(groups / _divisor(scale)) + zero.unsqueeze(-1)).clamp(0, 15) - 8
-        shift = few_bits.pack_columns((zero - 8) * scale)
-    codes = (steps.to(torch.int8) & 15).view(torch.uint8).flatten(1)
-    return Packed(few_bits.pack(codes, 4), few_bits.pack_columns(scale), shift)
+        shift = (zero - 8) * scale
+    return Codes((steps.to(torch.int8) & 15).view(torch.uint8).flatten(1), scale, shift)
 
 
-def _by_table(weight: Tensor, spec: PackSpec) -> Packed:
+def _by_table(weight: Tensor, spec: PackSpec) -> Codes:
     groups = _grouped(weight, spec.group)
     values = torch.tensor(TABLES[spec.table], device=weight.device)
     scale = groups.abs().amax(-1) / values.abs().max()
@@ -144,7 +151,7 @@ def _by_table(weight: Tensor, spec: PackSpec) -> Packed:
     # The nearest value; of two equally near ones the lower.
     middles = (ordered[:-1] + ordered[1:]) / 2
     codes = order[torch.bucketize(groups / _divisor(scale), middles)]
-    return Packed(few_bits.pack(codes.flatten(1), 4), few_bits.pack_columns(scale))
+    return Codes(codes.flatten(1).to(torch.uint8), scale)
 
 
 def _bits(weight: Tensor, spec: PackSpec) -> Packed:
@@ -169,30 +176,54 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
 
 
-SPECS: dict[str, Callable[[Tensor, PackSpec], Packed]] = {
-    "int8": _int8,
+_INTEGERS: dict[str, Callable[[Tensor, PackSpec], Packed]] = {
+    INT8: _int8,
+    LLM_INT8: _int8,
+    "b1": _bits,
+    "b1.58": _bits,
+}
+_WEIGHT_ONLY: dict[str, Callable[[Tensor, PackSpec], Codes]] = {
     "int8_weight_only": _int8_weight_only,
     "int4_weight_only": _int4,
     "nf4": _by_table,
     "fp4": _by_table,
-    "llm_int8": _int8,
-    "b1": _bits,
-    "b1.58": _bits,
 }
+SPECS = (*_INTEGERS, *_WEIGHT_ONLY)
+
+
+@torch.no_grad()
+def weight_only_codes(weight: Tensor, spec: PackSpec) -> Codes:
+    """A floating-point weight `[d_out, d_in]` as the codes of a weight-only spec.
+
+    Raises:
+        ValueError: a weight with NaN or an infinity, which no code stands for.
+    """
+    require_finite(weight)
+    return _WEIGHT_ONLY[spec.name](weight, spec)
+
+
+def require_finite(weight: Tensor) -> None:
+    """ValueError if no code stands for some element."""
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError("pack: expected a finite weight, got one with NaN or infinity")
 
 
 @torch.no_grad()
 def packed(weight: Tensor, spec: PackSpec) -> Packed:
-    """A floating-point weight `[d_out, d_in]` as codes.
+    """A floating-point weight `[d_out, d_in]` as packed codes.
 
     Raises:
         ValueError: a weight with NaN or an infinity, which no code stands for, or an inner size whose sums leave int32.
     """
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError("pack: expected a finite weight, got one with NaN or infinity")
-    if spec.kind != WEIGHT_ONLY and weight.shape[1] > few_bits.MAX_INNER:
+    if spec.kind == WEIGHT_ONLY:
+        found = weight_only_codes(weight, spec)
+        scale, shift = (None if part is None else few_bits.pack_columns(part) for part in (found.scale, found.shift))
+        assert scale is not None
+        return Packed(few_bits.pack(found.codes, spec.bits), scale, shift)
+    require_finite(weight)
+    if weight.shape[1] > few_bits.MAX_INNER:
         raise ValueError(
             f"pack: {spec.name!r} sums at most {few_bits.MAX_INNER} inputs exactly in int32, got {weight.shape[1]}; "
             "use a weight-only spec"
         )
-    return SPECS[spec.name](weight, spec)
+    return _INTEGERS[spec.name](weight, spec)

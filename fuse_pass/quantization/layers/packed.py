@@ -14,69 +14,48 @@ from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
 
 
 class PackedLayer(nn.Module):
-    """What Linear layers with a packed weight have in common.
+    """What layers with a packed weight have in common.
 
-    The weight is no Parameter. The state dict holds `words` (int32, the packed codes), scales, `bias`, and
-    `packed_format` (uint8, JSON: what the codes stand for); `.to(dtype)` leaves all but the bias as they are.
+    The weight is no Parameter. The state dict holds `words` (the packed codes), scales, and `packed_format` (uint8,
+    JSON: what the codes stand for); `.to(dtype)` leaves these as they are.
 
     Args:
-        in_features: size of an input row.
-        out_features: size of an output row.
         content: what the codes stand for, as bytes.
         words: the packed codes.
-        bias: `[out_features]` or None; the same Parameter.
     """
 
     words: Tensor
     scale: Tensor
     packed_format: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, content: bytes, words: Tensor, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, content: bytes, words: Tensor) -> None:
         super().__init__()
-        self.in_features, self.out_features, self._content = in_features, out_features, content
+        self._content = content
         self.register_buffer("words", words)
         described = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         self.register_buffer("packed_format", described.to(words.device))
-        self.bias = bias
 
-    @torch.no_grad()
-    def to_float(self) -> nn.Linear:
-        """An `nn.Linear` with the real numbers that the codes stand for as its weight, and the same bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.real_weight().to(torch.float32 if self.bias is None else self.bias.dtype))
-        linear.bias = self.bias  # type: ignore[assignment]  # may be None
-        return linear.train(self.training)
+    def to_float(self) -> nn.Module:
+        """The `torch.nn` layer with the real numbers that the codes stand for as its weight."""
+        raise NotImplementedError
 
     def real_weight(self) -> Tensor:
-        """`[out_features, in_features]`, what the codes stand for."""
+        """What the codes stand for, in the shape of the weight."""
         raise NotImplementedError
 
     def _described(self, content: bytes) -> object:
         """What the bytes of `packed_format` say, for messages; ValueError where they say nothing."""
         raise NotImplementedError
 
-    def _check_input(self, x: Tensor) -> None:
-        fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
-        if fits and x.device == self.words.device:
-            return
-        like = x.dtype if x.is_floating_point() else torch.float32
-        F.linear(x, torch.zeros((), dtype=like, device=self.words.device).expand(self.out_features, self.in_features))
-        raise RuntimeError(
-            f"{type(self).__name__}: expected a floating-point x [..., {self.in_features}] on {self.words.device}, "
-            f"got {x.dtype} {list(x.shape)} on {x.device}"
-        )
-
     @property
     def nbytes(self) -> int:
-        """Memory of the packed weight and its scales, without the bias."""
+        """Memory of the packed weight and its scales, without a bias."""
         held = {**private.buffers_of(self), "packed_format": None, "table": None}
         return sum(buffer.nbytes for buffer in held.values() if buffer is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """`.to()`, `.half()` and their like, except that scales and tables keep their dtype."""
-        before = dict(private.buffers_of(self))
+        before = {name: buffer for name, buffer in private.buffers_of(self).items() if name != "like"}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             now = getattr(self, name)
@@ -107,11 +86,49 @@ class PackedLayer(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
+
+class PackedLinearLayer(PackedLayer):
+    """What Linear layers with a packed weight have in common.
+
+    Args:
+        in_features: size of an input row.
+        out_features: size of an output row.
+        content: what the codes stand for, as bytes.
+        words: the packed codes.
+        bias: `[out_features]` or None; the same Parameter.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, content: bytes, words: Tensor, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__(content, words)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = bias
+
+    @torch.no_grad()
+    def to_float(self) -> nn.Linear:
+        """An `nn.Linear` with the real numbers that the codes stand for as its weight, and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.real_weight().to(torch.float32 if self.bias is None else self.bias.dtype))
+        linear.bias = self.bias  # type: ignore[assignment]  # may be None
+        return linear.train(self.training)
+
+    def _check_input(self, x: Tensor) -> None:
+        fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] == self.in_features
+        if fits and x.device == self.words.device:
+            return
+        like = x.dtype if x.is_floating_point() else torch.float32
+        F.linear(x, torch.zeros((), dtype=like, device=self.words.device).expand(self.out_features, self.in_features))
+        raise RuntimeError(
+            f"{type(self).__name__}: expected a floating-point x [..., {self.in_features}] on {self.words.device}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class PackedLinear(PackedLayer):
+class PackedLinear(PackedLinearLayer):
     """`[..., in_features] → [..., out_features]` by a weight of 8, 4, 2 or 1 bits; the formulas are in
     `fuse_pass.ops.packed_dense`.
 

@@ -19,14 +19,14 @@ from fuse_pass.ops.quantized_dense import IntegerWeight, max_inner, quantized_de
 from fuse_pass.quantization.functional import quantize_at, quantizer_at
 from fuse_pass.quantization.layers.base import quantize_gradient
 from fuse_pass.quantization.layers.linear import QuantizedLinear
-from fuse_pass.quantization.layers.packed import PackedLayer
-from fuse_pass.quantization.packing import TABLES
+from fuse_pass.quantization.layers.packed import PackedLinearLayer
+from fuse_pass.quantization.packing import TABLES, require_finite
 from fuse_pass.quantization.quantizers import Quantizer
 
 _ROWS = (Granularity("tensor"), Granularity("token"), Granularity("channel", axis=0), Granularity("channel", axis=-2))
 
 
-class PackedQuantizedLinear(PackedLayer):
+class PackedQuantizedLinear(PackedLinearLayer):
     """`[..., in_features] → [..., out_features]`: what a `QuantizedLinear` computes, by sums of integers.
 
     The input is rounded to integers as the site of the `QuantizedLinear` says, with the scale that it has or one of
@@ -187,8 +187,7 @@ def _integer_weight(layer: QuantizedLinear) -> _PackedIntegers:
     """The weight as the layer rounds it, in codes."""
     site: Site = layer.spec.weight
     weight = layer.weight.detach()
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError("pack: expected a finite weight, got one with NaN or infinity")
+    require_finite(weight)
     fmt, (columns, inner) = site.format, weight.shape
     assert isinstance(fmt, IntFormat)
     groups = 1 if site.granularity.size is None else inner // site.granularity.size
