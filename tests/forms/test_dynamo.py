@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import fuse_pass
+from fuse_pass import FixedFormat
 from fuse_pass.graph.canonical import canonical, is_weight_transpose
 from fuse_pass.graph.shapes import is_plain
 from tests.graph.dynamo import graph_of
@@ -235,3 +237,15 @@ def nested_sine(x: Tensor) -> Tensor:
 def test_nested_region_is_a_call_with_a_body() -> None:
     body = body_of(lambda x: nested_sine(nested_sine(x)), "invoke_subgraph")
     assert "sin" in names(calls(body)), "the body of a nested region no longer holds its operations"
+
+
+@pytest.mark.parametrize(
+    "fmt", ["fp8_e4m3", "int8", "int8_asymmetric", "mxfp8", "fixed4_4"], ids=lambda fmt: f"quantized to {fmt}"
+)
+def test_quantized_layers_and_calls_are_traced_whole(fmt: str) -> None:
+    """Dynamo reads our frozen dataclasses and their defaults, those that are created in traced code too."""
+    fmt = fmt if fmt in fuse_pass.formats else FixedFormat(4, 4)  # type: ignore[assignment]
+    layer = fuse_pass.convert(nn.Linear(8, 4), fmt)
+    for function in (layer, lambda x: fuse_pass.fake_quantize(x, fmt)):
+        whole = torch.compile(function, backend="eager", fullgraph=True)
+        assert torch.equal(whole(X), function(X))
