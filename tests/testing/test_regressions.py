@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 
 from fuse_pass.backend import FuseBackend
 from fuse_pass.gemm import measured, probe
+from fuse_pass.testing.centred import CentredNorms
 from fuse_pass.testing.compare import Status, check
 from fuse_pass.testing.program import Input, Program, Settings, Statement
 
@@ -237,3 +239,56 @@ def test_the_other_library_s_order_of_summation_is_no_fault(monkeypatch: pytest.
     monkeypatch.setattr(measured, "table", lambda: {"float32": probe.MIN_FLOP})
     verdict = check(CONSTANT_ROWS_TWICE_MULTIPLIED)
     assert verdict.status is Status.RIGHT, str(verdict)
+
+
+CONSTANT_ROWS_OF_1E12 = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+INPUTS = [((3, 5, 8), True)]
+SETTINGS = {
+    "seed": 33002965, "dtype": "float32", "training": True, "grad": True, "dynamic": False, "autocast": False,
+    "special": False, "fallback_random": False, "rows": "constant", "budget": 1.0,
+}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout2 = nn.Dropout(0.25)
+        self.w5 = nn.Parameter(torch.empty(8))
+
+    def forward(self, x0):
+        v1 = x0 * x0
+        v3 = self.dropout2(x0)
+        v4 = v1.add(v3)
+        v9 = F.layer_norm(v4, (8,), self.w5, None, 1e-12)
+        v10 = v4 + torch.tanh(v9)
+        v3.add_(v4.detach())
+        return v10
+"""
+
+
+def test_gradients_that_pytorch_loses_to_cancellation_are_no_fault() -> None:
+    """Its gradient of a norm of constant rows of 1e12 is 0, in float64 too, and ours what the formula gives."""
+    verdict = check(CONSTANT_ROWS_OF_1E12)
+    assert verdict.status in (Status.RIGHT, Status.NOISE), str(verdict)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e3, 1e12])
+def test_centred_norms_have_the_gradients_of_the_formula(magnitude: float) -> None:
+    """Autograd of the steps of a norm, whose mean of a constant row of eight is exact here."""
+    x = (torch.randint(-3, 4, (4, 8)) + magnitude).double()
+    x[1] = magnitude
+    weight, grad = torch.rand(8, dtype=torch.float64).requires_grad_(), torch.randn(4, 8, dtype=torch.float64)
+    x.requires_grad_()
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-12) * weight
+    expected = torch.autograd.grad(y, (x, weight), grad)
+    with CentredNorms():
+        found = torch.nn.functional.layer_norm(x, (8,), weight, None, 1e-12)
+        gradients = torch.autograd.grad(found, (x, weight), grad)
+    torch.testing.assert_close(found, y, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
