@@ -198,6 +198,10 @@ def _names_the_budget(failure: Exception) -> bool:
 
 
 def _one_line(failure: Exception) -> str:
+    """What was raised; of what Dynamo raises about a backend, whose first line says only that, what the backend did."""
+    inner = getattr(failure, "inner_exception", None)
+    if isinstance(inner, Exception):
+        return f"{type(failure).__name__}: {_one_line(inner)}"[:300]
     return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"[:300]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fuse_pass.testing import levels
-from fuse_pass.testing.compare import Status, judge
+from fuse_pass.testing.compare import Status, _one_line, judge
 from fuse_pass.testing.differences import Runs
 from fuse_pass.testing.observe import Round
 
@@ -137,3 +137,13 @@ def test_verdict(contenders: Numbers, status: Status) -> None:
 def test_what_stock_shows_is_not_listed() -> None:
     verdict = judge(Numbers(5 * LARGEST, gradients=("ours", "stock")))
     assert {difference.aspect for difference in verdict.differences} == {"value"}
+
+
+def test_what_a_backend_raised_is_named_and_not_only_that_it_did() -> None:
+    def failing(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        raise ValueError("the reason\nand more")
+
+    with pytest.raises(Exception, match="the reason") as caught:
+        torch.compile(lambda x: x + 1, backend=failing)(torch.ones(1))
+    assert _one_line(caught.value) == "BackendCompilerFailed: ValueError: the reason"
+    assert _one_line(KeyError()) == "KeyError: "
