@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -180,14 +180,23 @@ class PackedDense(FusedOp):
         return self.x.new_empty((*self.x.shape[:-1], self.weight.columns))
 
 
-@dataclass(frozen=True)
-class PackedDenseGradients(Gradients):
-    """Of x in its dtype and of the bias in the accumulation dtype."""
+class RealWeight(Protocol):
+    """A packed weight of any op: what its codes stand for."""
+
+    @property
+    def columns(self) -> int: ...
+
+    def real(self, inner: int) -> Tensor:
+        """`[columns, inner]`."""
+
+
+class StraightThroughGradients(Gradients):
+    """Those of `F.linear(x, Ŵ, bias)`: of x in its dtype, and of the bias in the accumulation dtype."""
 
     of = ("x", "bias")
 
     x: Tensor
-    weight: PackedWeight
+    weight: RealWeight
 
     def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
         return self._gradients(needed, grad_y, product)
@@ -202,15 +211,25 @@ class PackedDenseGradients(Gradients):
         grad, grads = rows_of(grad_y).to(dtype), {}
         if "x" in needed:
             weight = self.weight.real(self.x.shape[-1]).to(dtype)
-            grads["x"] = multiply(grad, weight.t()).to(self.x.dtype).view(self.x.shape)
+            grads["x"] = self.passed(multiply(grad, weight.t())).to(self.x.dtype).view(self.x.shape)
         if "bias" in needed:
             grads["bias"] = grad.sum(0)
         return grads
+
+    def passed(self, grad_x: Tensor) -> Tensor:
+        """What of the gradient `[rows, d_in]` passes the rounding of x; all of it, unless x is clipped."""
+        return grad_x
 
     def like(self, name: str, grad_y: Tensor) -> Tensor:
         if name == "bias":
             return grad_y.new_empty(self.weight.columns, dtype=accumulation_dtype(grad_y.dtype))
         return torch.empty_like(self.x, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class PackedDenseGradients(StraightThroughGradients):
+    x: Tensor
+    weight: PackedWeight
 
 
 packed_dense_op = register("packed_dense", PackedDense, PackedDenseGradients)

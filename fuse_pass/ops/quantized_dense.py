@@ -15,7 +15,7 @@ or 0 where x is clipped; the weight and the scales have none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ from fuse_pass.numerics import rounding as core
 from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of
 from fuse_pass.ops.arguments import Arguments
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
-from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
+from fuse_pass.ops.fused_op import FusedOp, register, under_transforms
 from fuse_pass.ops.library import cast_for_autocast
-from fuse_pass.ops.packed_dense import integer_product
+from fuse_pass.ops.packed_dense import StraightThroughGradients, integer_product
 from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.straight_through import clip_gradient
 
@@ -123,28 +123,14 @@ class QuantizedDense(FusedOp):
 
 
 @dataclass(frozen=True)
-class QuantizedDenseGradients(Gradients):
-    """Of x in its dtype and of the bias in the accumulation dtype."""
-
-    of = ("x", "bias")
-
+class QuantizedDenseGradients(StraightThroughGradients):
     x: Tensor
     x_scale: Tensor
     x_zero: Tensor | None
     weight: IntegerWeight
     how: InputRounding
 
-    def backward(self, needed: Set[str], grad_y: Tensor) -> dict[str, Tensor]:
-        dtype = accumulation_dtype(grad_y.dtype)
-        grad, grads = rows_of(grad_y).to(dtype), {}
-        if "x" in needed:
-            grad_x = product(grad, self.weight.real(self.x.shape[-1]).to(dtype).t())
-            grads["x"] = self._inside(grad_x).to(self.x.dtype).view(self.x.shape)
-        if "bias" in needed:
-            grads["bias"] = grad.sum(0)
-        return grads
-
-    def _inside(self, grad_x: Tensor) -> Tensor:
+    def passed(self, grad_x: Tensor) -> Tensor:
         if not self.how.clip_grad:
             return grad_x
         wide = core.compute_carrier(self.x.dtype).dtype
@@ -152,11 +138,6 @@ class QuantizedDenseGradients(Gradients):
         position = position if self.x_zero is None else position + self.x_zero.reshape(-1, 1)
         inside: Tensor = clip_gradient(grad_x, position, self.how.quant_min, self.how.quant_max)
         return inside
-
-    def like(self, name: str, grad_y: Tensor) -> Tensor:
-        if name == "bias":
-            return grad_y.new_empty(self.weight.columns, dtype=accumulation_dtype(grad_y.dtype))
-        return torch.empty_like(self.x, memory_format=torch.contiguous_format)
 
 
 quantized_dense_op = register("quantized_dense", QuantizedDense, QuantizedDenseGradients)

@@ -110,7 +110,7 @@ def compare(
     of the first model give for one batch is kept until the second has run.
 
     Args:
-        model: the first model, whose results are taken for right.
+        model: the first model, whose results are taken for right; compiled ones run eagerly too.
         other: a model with modules of the same names; layers are compared where the types differ.
         batches: inputs of both: each a tensor, a tuple (or list) of positional or a dict of keyword arguments.
         progress: whether there is a bar on stderr, if tqdm is installed; by default in runs of more than two seconds
@@ -128,6 +128,7 @@ def compare(
         if not isinstance(given, nn.Module):
             raise TypeError(f"compare: expected two torch.nn.Modules, got a {type(given).__name__}")
     batches_of_data.require_batches(batches, "compare")
+    model, other = private.uncompiled(model), private.uncompiled(other)  # as they run here; names without a prefix
     pairs = _differing(model, other)
     comparison = Comparison([pair.layer for pair in pairs])
     hooks: list[Any] = []

@@ -96,6 +96,13 @@ def test_models_are_left_as_they_were() -> None:
     assert not any(fuse_pass.inductor.private.has_hooks(module) for net in (model, packed) for module in net.modules())
 
 
+def test_compiled_models_are_compared_as_what_was_compiled() -> None:
+    model = Model()
+    packed = pack(model, "int8")
+    expected = compare(model, packed, BATCHES)
+    assert compare(torch.compile(model), torch.compile(packed), BATCHES) == expected
+
+
 def test_layers_that_are_used_twice_and_models_that_are_layers() -> None:
     layer = nn.Linear(16, 16)
     model = nn.Sequential(layer, nn.ReLU(), layer)

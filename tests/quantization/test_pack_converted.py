@@ -156,6 +156,18 @@ def test_gradients_are_those_of_the_simulation(spec: QuantSpec) -> None:
 
 
 @every_spec
+def test_second_derivatives(spec: QuantSpec) -> None:
+    """The gradient of x is linear in that of y: its derivative is Ŵ, where x is not clipped."""
+    layer = converted(QuantSpec(input=spec.input, weight=spec.weight))
+    packed, x = packed_of(layer), (0.1 * inputs(3, 96)).requires_grad_()
+    grad = inputs(3, 50, seed=4).requires_grad_()
+    (of_x,) = torch.autograd.grad(packed(x), x, grad, create_graph=True)
+    direction = inputs(3, 96, seed=5)
+    (found,) = torch.autograd.grad(of_x, grad, direction)
+    torch.testing.assert_close(found, direction @ packed.real_weight().t(), rtol=1e-4, atol=1e-5)
+
+
+@every_spec
 def test_state_dicts(spec: QuantSpec) -> None:
     packed, x = packed_of(converted(spec)), inputs(4, 96)
     other = packed_of(converted(spec))
@@ -314,6 +326,14 @@ def test_what_cannot_be_packed_stays_simulated_and_is_named(spec: QuantSpec, det
     assert isinstance(packed[0], QuantizedLinear)
     assert [decline.where for decline in report.declines] == ["0"]
     assert detail in report.declines[0].detail
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_weights_stay_simulated(d_in: int, d_out: int) -> None:
+    layer = convert(nn.Linear(d_in, d_out), "int8")
+    with fuse_pass.collect() as report:
+        assert pack(layer)(inputs(2, d_in)).shape == (2, d_out)
+    assert [decline.detail for decline in report.declines] == ["its weight is empty, and has no scale"]
 
 
 def test_inner_sizes_beyond_exact_sums_are_declined() -> None:

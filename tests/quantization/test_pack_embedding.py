@@ -139,6 +139,9 @@ def test_unpacked(spec: PackSpec) -> None:
     back = unpack(packed)
     assert type(back) is nn.Embedding
     assert back.padding_idx == 1
+    by_frequency = unpack(pack(nn.Embedding(5, 4, scale_grad_by_freq=True, sparse=True), spec))
+    assert by_frequency.scale_grad_by_freq
+    assert by_frequency.sparse
     assert torch.equal(back(TOKENS), packed(TOKENS))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,12 @@ class PackedLayer(nn.Module):
     Args:
         content: what the codes stand for, as bytes.
         words: the packed codes.
+
+    Attributes:
+        follow_dtype: names of the buffers that `.to(dtype)` casts all the same.
     """
+
+    follow_dtype: ClassVar[tuple[str, ...]] = ()
 
     words: Tensor
     scale: Tensor
@@ -55,7 +60,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """`.to()`, `.half()` and their like, except that scales and tables keep their dtype."""
-        before = {name: buffer for name, buffer in private.buffers_of(self).items() if name != "like"}
+        before = {name: buffer for name, buffer in private.buffers_of(self).items() if name not in self.follow_dtype}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             now = getattr(self, name)

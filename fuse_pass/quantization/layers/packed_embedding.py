@@ -28,6 +28,8 @@ class PackedEmbedding(PackedLayer):
         ValueError: a table with NaN or infinity.
     """
 
+    follow_dtype = ("like",)
+
     shift: Tensor | None
     table: Tensor | None
     like: Tensor
@@ -38,11 +40,13 @@ class PackedEmbedding(PackedLayer):
         super().__init__(spec.to_bytes(), _in_rows(found.codes, spec.bits))
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx, self.spec = embedding.padding_idx, spec
+        # For the way back alone: they are about gradients.
+        self._trained = {"scale_grad_by_freq": embedding.scale_grad_by_freq, "sparse": embedding.sparse}
         self.register_buffer("scale", found.scale)
         self.register_buffer("shift", found.shift)
         table = torch.tensor(TABLES[spec.table], dtype=torch.float32) if spec.table else None
         self.register_buffer("table", None if table is None else table.to(weight.device), persistent=False)
-        self.register_buffer("like", weight.new_empty(0), persistent=False)  # is cast with the model
+        self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.train(embedding.training)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class PackedEmbedding(PackedLayer):
         """An `nn.Embedding` with the real numbers that the codes stand for."""
         weight = self.real_weight().to(self.like.dtype)
         sizes = (self.num_embeddings, self.embedding_dim, self.padding_idx)
-        embedding = nn.Embedding(*sizes, _weight=weight)
+        embedding = nn.Embedding(*sizes, _weight=weight, **self._trained)
         return embedding.train(self.training)
 
     def _described(self, content: bytes) -> object:

@@ -113,6 +113,8 @@ def problem_of(layer: QuantizedLinear) -> str:
     spec: QuantSpec = layer.spec
     if spec.weight is None:
         return "its weight is not quantised"
+    if layer.weight.numel() == 0:
+        return "its weight is empty, and has no scale"
     problem = _problem_of_weight(spec.weight, layer.in_features, has_input=spec.input is not None)
     if not problem and spec.input is not None:
         problem = _problem_of_input(spec.input, spec.weight, layer.in_features)
