@@ -201,7 +201,7 @@ def _integer_weight(layer: QuantizedLinear) -> _PackedIntegers:
     wide = accumulation_dtype(weight.dtype)
     scale = scale.detach().to(wide).reshape(-1, groups).expand(columns, groups).contiguous()
     zero = torch.zeros_like(scale) if zero_point is None else zero_point.to(wide).reshape(-1, groups).expand_as(scale)
-    rounded = layer._weight(weight).to(wide).view(columns, groups, inner // groups if groups else 0)
+    rounded = _rounded(layer, "weight").to(wide).view(columns, groups, inner // groups if groups else 0)
     integers = torch.round(rounded / scale.unsqueeze(-1) + zero.unsqueeze(-1)).view(columns, inner).to(torch.int16)
     if layer.spec.input is None:
         return _for_float_sums(integers, scale, zero, fmt)
@@ -219,13 +219,18 @@ def _for_float_sums(integers: Tensor, scale: Tensor, zero: Tensor, fmt: IntForma
     return _PackedIntegers(few_bits.pack(codes, bits), few_bits.pack_columns(scale.float()), bits, shift=shift)
 
 
+def _rounded(layer: QuantizedLinear, name: str) -> Tensor:
+    """A parameter as the layer rounds it."""
+    value: Tensor = getattr(layer, name)
+    return quantize_at(getattr(layer.spec, name), value, *layer.qparams_at(name, value))
+
+
 def _rounded_bias(layer: QuantizedLinear) -> nn.Parameter | None:
     """The same Parameter where it is not rounded."""
     if layer.bias is None or layer.spec.bias is None:
         return layer.bias
     with torch.no_grad():
-        rounded = layer._bias(layer.bias)
-    assert rounded is not None
+        rounded = _rounded(layer, "bias")
     return nn.Parameter(rounded, requires_grad=layer.bias.requires_grad)
 
 
