@@ -131,26 +131,39 @@ class FuseBackend:
             report.declines += breaks
             fused = copy_graph_module(gm) if fused is gm else fused
             precompile.leave_out(fused)  # another process would run the graph without `counted`
-        publish(report)
-        on_cpu = _computes_on_cpu(gm)
-        precompile.note(require_key, cache_key({}, on_cpu=on_cpu), on_cpu)
-        inductor = compiler.inductor_compiler(mode, inductor_options)
-        passes = compiler.joint_passes(inductor_options)
-        inductor.config["joint_custom_post_pass"] = OnThisProcessor(passes)
-        if _calls_our_ops(fused):
-            compat.give_room_for_seeds(fused)
-            has_checks_wanted = compiler.is_given("size_asserts", inductor_options)
-            masks = (MaskedSoftmax(), OwnMasks()) if own_random_numbers else (MaskedSoftmax(),)
-            inductor.config["joint_custom_post_pass"] = RecomputeTags(
-                cache_key(chosen.as_dict(), on_cpu=on_cpu),
-                (*passes, *masks),
-                memory=chosen.memory,
-                guarded_inputs=not has_checks_wanted and input_checks.are_in_guards(gm),
-            )
-        inductor.config.update(_settings_for_gpu(fused, inductor_options))
+        compiled: Callable[..., Any]
         with input_checks.left_to_guards():
-            compiled: Callable[..., Any] = inductor(fused, example_inputs)
+            try:
+                compiled = configured._inductor(fused, gm, mode, inductor_options)(fused, example_inputs)
+            except compiler.InductorError as error:
+                if fused is gm or chosen.strict or chosen.quantize is not None:
+                    raise
+                report = _not_compiled(error)
+                compiled = configured._inductor(gm, gm, mode, inductor_options)(gm, example_inputs)
+            finally:
+                publish(report)
         return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))
+
+    def _inductor(self, graph: GraphModule, original: GraphModule, mode: str | None, options: Mapping[str, Any]) -> Any:
+        """Inductor, set up for a graph that may call our ops."""
+        on_cpu = _computes_on_cpu(original)
+        precompile.note(require_key, cache_key({}, on_cpu=on_cpu), on_cpu)
+        inductor = compiler.inductor_compiler(mode, options)
+        passes = compiler.joint_passes(options)
+        inductor.config["joint_custom_post_pass"] = OnThisProcessor(passes)
+        if _calls_our_ops(graph):
+            compat.give_room_for_seeds(graph)
+            has_checks_wanted = compiler.is_given("size_asserts", options)
+            has_own_masks = not compiler.draws_stock_random_numbers(options)
+            masks = (MaskedSoftmax(), OwnMasks()) if has_own_masks else (MaskedSoftmax(),)
+            inductor.config["joint_custom_post_pass"] = RecomputeTags(
+                cache_key(self.options.as_dict(), on_cpu=on_cpu),
+                (*passes, *masks),
+                memory=self.options.memory,
+                guarded_inputs=not has_checks_wanted and input_checks.are_in_guards(original),
+            )
+        inductor.config.update(_settings_for_gpu(graph, options))
+        return inductor
 
     def call_context(self, options: Mapping[str, Any] | None) -> Callable[[], QuantizedCall] | None:
         """What watches every call of what is compiled with this backend and `options`; None without `quantize`."""
@@ -211,6 +224,13 @@ class FuseBackend:
             yield name, functools.partial(apply, _PATTERNS_BY_NAME[name], operations=operations)
         if self.options.prepack:
             yield prepack.PATTERN.name, functools.partial(apply, prepack.PATTERN, operations=operations)
+
+
+def _not_compiled(error: Exception) -> Report:
+    """What to report of a graph whose rewritten form Inductor cannot compile, after a warning."""
+    detail = f"Inductor cannot compile the rewritten graph ({error}), which is compiled without fusions."
+    warnings.warn(f"fuse_pass: {detail} FuseBackend(strict=True) raises instead", RuntimeWarning, stacklevel=3)
+    return Report(graphs=1, notes=[Note(Reason.NOT_COMPILED, detail)])
 
 
 def _prepack_does_nothing() -> Note:

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     RECOMPILE_LIMIT = "recompile limit"
     REUSED = "compiled before"
     GRAPH_BREAK = "graph break"
+    NOT_COMPILED = "Inductor failed"
 
 
 ADVICE: dict[Reason, str] = {
@@ -76,6 +77,7 @@ ADVICE: dict[Reason, str] = {
     Reason.RECOMPILE_LIMIT: "pass dynamic=True, call mark_dynamic on sizes that vary, or raise config.recompile_limit",
     Reason.REUSED: "open collect() before the first call, or call torch.compiler.reset() in between",
     Reason.GRAPH_BREAK: "mend the break (fullgraph=True finds it), or use fuse_pass.convert",
+    Reason.NOT_COMPILED: "FuseBackend(strict=True) raises the error: report it, to PyTorch or here",
 }
 
 

@@ -253,3 +253,52 @@ def test_a_failure_in_one_graph_does_not_keep_others_from_fusing(monkeypatch: py
     torch._dynamo.reset()
     report = fuse_pass.coverage(Block(), torch.randn(5, 6))
     assert operator.itemgetter("dense_act_dense", "dropout_norm")(report.counts()) == (1, 1)
+
+
+def writes_to_the_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Inductor of torch 2.13 fuses a write into the loop over the rows, and then looks for what it reads there.
+
+    It fails so without us as well, e.g. for `softmax(tanh(sin(x) * cos(weight) + residual))`.
+    """
+    y = F.layer_norm(F.dropout(x, 0.25) + residual, (24,), weight, bias)
+    residual.view(-1, 24).add_(1)
+    return y
+
+
+def test_what_inductor_cannot_compile_rewritten_is_compiled_as_it_was() -> None:
+    x, residual = torch.zeros(3, 5, 24), torch.randn(3, 5, 24)
+    weight, bias, before = torch.randn(24), torch.randn(24), residual.clone()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a later PyTorch may compile it
+        y = torch.compile(writes_to_the_residual, backend=FuseBackend())(x, residual, weight, bias)
+    torch.testing.assert_close(y, F.layer_norm(before, (24,), weight, bias))
+    assert torch.equal(residual, before + 1)
+
+
+def refuse_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor fails at every graph with an op of ours."""
+    original = torch._inductor.graph.GraphLowering.codegen
+
+    def codegen(self: Any) -> Any:
+        if any("fuse_pass" in str(node.meta.get("original_aten")) for node in self.orig_gm.graph.nodes):
+            raise KeyError("buf7")
+        return original(self)
+
+    monkeypatch.setattr(torch._inductor.graph.GraphLowering, "codegen", codegen)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_failure_of_inductor_is_told_and_leaves_the_graph_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    refuse_rewritten(monkeypatch)
+    model, x = Block(), torch.randn(5, 6)
+    with torch._inductor.utils.fresh_inductor_cache(), torch.set_grad_enabled(training):
+        with fuse_pass.collect() as report, pytest.warns(RuntimeWarning, match=r"cannot compile.*KeyError: 'buf7'"):
+            y = torch.compile(model, backend=FuseBackend())(x)
+        torch.testing.assert_close(y, model(x))
+        assert (report.matches, report.graphs) == ([], 1)
+        assert [note.reason for note in report.notes] == [Reason.NOT_COMPILED]
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="buf7"):
+            torch.compile(model, backend=FuseBackend(strict=True))(x)

@@ -19,6 +19,7 @@ from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 from torch._dynamo.utils import counters, numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch._inductor import inductor_prims, list_mode_options
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import InductorError
 from torch._inductor.pattern_matcher import (
     CallFunction,
     Ignored,
@@ -37,6 +38,7 @@ __all__ = [
     "CallFunction",
     "CustomGraphPass",
     "Ignored",
+    "InductorError",
     "KeywordArg",
     "Match",
     "PatternMatcherPass",
