@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import platform
 from pathlib import Path
@@ -36,6 +37,15 @@ def instructions() -> frozenset[str]:
     """All that Linux says the processor can do, e.g. `avx2`; empty elsewhere."""
     info = _cpu_info()
     return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
+@functools.cache
+def may_use_tiles() -> bool:
+    """Asks Linux for the tile registers of AMX, which a process may use from then on; x86-64 only."""
+    request_permission, tile_data, arch_prctl = 0x1023, 18, 158
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def _cpu_info() -> dict[str, str]:

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 
-from fuse_pass.gemm.machine import instructions, processor
+from fuse_pass.gemm.machine import instructions, may_use_tiles, processor
 from fuse_pass.inductor import compat
 from fuse_pass.inductor.cpp_compiler import cpp_compiler
 
 _SOURCE = Path(__file__).with_name("few_bits.cpp")
+_SOURCES = (_SOURCE, _SOURCE.with_name("amx.h"))
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 # For each LEVEL of the source: the instructions that it takes for granted.
 _LEVELS = {
+    3: ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "fma", "amx_tile", "amx_int8"),
     2: ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "fma"),
     1: ("avx2", "fma"),
     0: (),
@@ -31,8 +33,9 @@ _LEVELS = {
 def level() -> int:
     """Which LEVEL of the source this processor runs; no more than what PyTorch itself uses here."""
     capability = torch.backends.cpu.get_cpu_capability()
-    allowed = 2 if capability == "AVX512" else 1 if capability == "AVX2" else 0
-    return next(level for level, needs in _LEVELS.items() if level <= allowed and instructions().issuperset(needs))
+    allowed = 3 if capability == "AVX512" else 1 if capability == "AVX2" else 0
+    found = next(level for level, needs in _LEVELS.items() if level <= allowed and instructions().issuperset(needs))
+    return 2 if found == 3 and not may_use_tiles() else found
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def load() -> ctypes.CDLL | None:
     if compiler is None:
         _say_without("no C++ compiler was found (Inductor looks for one in the same way: set CXX)")
         return None
-    flags = [*_FLAGS, f"-DLEVEL={level()}", *(f"-m{name.replace('_', '')}" for name in _LEVELS[level()])]
+    flags = [*_FLAGS, f"-DLEVEL={level()}", *(_flag(name) for name in _LEVELS[level()])]
     path = _path(compiler, flags)
     if not path.exists():
         try:
@@ -59,10 +62,15 @@ def load() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(path))
 
 
+def _flag(instruction: str) -> str:
+    """That with which g++ and clang use instructions that Linux calls so."""
+    return f"-m{instruction.replace('_', '-' if instruction.startswith('amx') else '')}"
+
+
 def _path(compiler: str, flags: list[str]) -> Path:
     """A name for these sources, compiled so, here: the folder may be shared by different machines."""
     version = _output(compiler, "-dumpfullversion")
-    parts = (_SOURCE.read_text(), compiler, version, *flags, processor())
+    parts = (*(source.read_text() for source in _SOURCES), compiler, version, *flags, processor())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     return Path(compat.cache_dir()) / "fuse_pass" / f"few_bits-{digest}.so"
 

@@ -8,13 +8,16 @@
 // The code of k = 4 j + b of a word is in its byte b, from bit `bits * j` of that byte on: shifted and masked, a word
 // gives four codes of consecutive k, one in each byte. Codes beyond n and k are 0.
 //
-// LEVEL, given by who compiles: 2 for AVX-512 with VNNI, 1 for AVX2 with FMA, 0 for plain C++.
+// LEVEL, given by who compiles: 3 for AMX and all of 2, 2 for AVX-512 with VNNI, 1 for AVX2 with FMA, 0 for plain C++.
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
 #if LEVEL >= 1
 #include <immintrin.h>
+#endif
+#if LEVEL >= 3
+#include "amx.h"
 #endif
 
 #if LEVEL >= 1
@@ -26,10 +29,14 @@
 namespace {
 
 constexpr long COLUMNS = 16;
+#if LEVEL >= 3
+// From so many rows on the tile registers of AMX are faster (Intel Xeon, 768 x 3072); codes of fewer bits are unpacked.
+inline long min_tile_rows(long bits) { return bits == 8 ? 8 : 16; }
+#endif
 
 // --- integer products: unsigned codes times int8, summed in int32 ---
 
-#if LEVEL == 2
+#if LEVEL >= 2
 
 using Sums = __m512i;
 using Codes = __m512i;
@@ -212,7 +219,7 @@ constexpr int TILES = 4;
 // As many rows at once as the registers hold.
 template <int BITS>
 constexpr int rows_at_once() {
-    return LEVEL == 2 ? 6 : LEVEL == 1 ? (BITS == 8 ? 3 : 4) : 1;
+    return LEVEL >= 2 ? 6 : LEVEL == 1 ? (BITS == 8 ? 3 : 4) : 1;
 }
 
 // One block of rows; A is int16_t where `wide_block` reads it.
@@ -283,7 +290,7 @@ struct Grid {
     bool is_signed;  // whether the table is 0 ... 7, -8 ... -1
 };
 
-#if LEVEL == 2
+#if LEVEL >= 2
 
 using Floats = __m512;
 constexpr long LANES = 16;
@@ -484,7 +491,7 @@ void all_float_rows(long rows, const float* x, long stride, const uint32_t* word
 template <int BITS>
 void float_products(const float* x, long rows, long stride, const uint32_t* words, long word_count, Grid grid, float* y,
                     long columns, long threads) {
-    constexpr long TILES = LEVEL == 2 ? 2 : 1;
+    constexpr long TILES = LEVEL >= 2 ? 2 : 1;
     const long tiles = (columns + COLUMNS - 1) / COLUMNS, blocks = (tiles + TILES - 1) / TILES;
     const long tile_scales = word_count / grid.words_per_group * COLUMNS;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -509,6 +516,25 @@ void float_products(const float* x, long rows, long stride, const uint32_t* word
 // bits (codes beyond k are 0).
 extern "C" int integer_product(const int8_t* a, long rows, long stride, const uint32_t* words, long word_count,
                                int32_t* y, long columns, long bits, long threads) {
+#if LEVEL >= 3
+    if (rows >= min_tile_rows(bits)) {
+        switch (bits) {
+            case 8:
+                amx::product<8>(a, rows, stride, words, word_count, y, columns, threads);
+                return 0;
+            case 4:
+                amx::product<4>(a, rows, stride, words, word_count, y, columns, threads);
+                return 0;
+            case 2:
+                amx::product<2>(a, rows, stride, words, word_count, y, columns, threads);
+                return 0;
+            case 1:
+                amx::product<1>(a, rows, stride, words, word_count, y, columns, threads);
+                return 0;
+        }
+        return 1;
+    }
+#endif
     switch (bits) {
         case 8: {
 #if LEVEL == 1

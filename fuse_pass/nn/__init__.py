@@ -8,16 +8,25 @@ from fuse_pass.quantization.layers import *  # noqa: F403 - every Quantized* lay
 from fuse_pass.quantization.layers.bit_linear import BitLinear
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
 from fuse_pass.quantization.layers.packed import PackedLinear
+from fuse_pass.quantization.layers.packed_attention import PackedMultiheadAttention
+from fuse_pass.quantization.layers.packed_conv2d import PackedConv2d, PackedQuantizedConv2d
 from fuse_pass.quantization.layers.packed_embedding import PackedEmbedding
 from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear
+from fuse_pass.quantization.layers.packed_recurrent import PackedGRU, PackedLSTM, PackedRNN
 
 __all__ = [
     "BitLinear",
     "FusedDenseGELUDense",
     "FusedDropoutLayerNorm",
     "Int8Linear",
+    "PackedConv2d",
     "PackedEmbedding",
+    "PackedGRU",
+    "PackedLSTM",
     "PackedLinear",
+    "PackedMultiheadAttention",
+    "PackedQuantizedConv2d",
     "PackedQuantizedLinear",
+    "PackedRNN",
 ]
 __all__ += layers.__all__

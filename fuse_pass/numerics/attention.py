@@ -11,7 +11,7 @@ Shapes are read only, never computed with, so that a graph of any sizes can be m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,25 +28,32 @@ class Heads:
 
     Attributes:
         count: number of heads.
-        weights: of the projections of query, key and value.
-        biases: theirs.
+        project: the projections of query, key and value, before they are rounded.
+        project_context: that of the context.
         more_keys: a key and a value `[1, 1, E]` that every sequence gets as well, or None.
         zero_key: whether every sequence gets a key and a value of zeros as well.
-        out_weight: of the projection of the context.
-        out_bias: its.
         dropout_p: probability with which a probability is dropped.
         training: whether any is.
     """
 
     count: int
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
+    project: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
+    project_context: Rounded
     more_keys: tuple[Tensor, Tensor] | None
     zero_key: bool
-    out_weight: Tensor
-    out_bias: Tensor | None
     dropout_p: float
     training: bool
+
+
+def by_weights(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]:
+    """`Heads.project` by three weights, and a bias or None for each."""
+
+    def project(*operands: Tensor) -> Sequence[Tensor]:
+        return [F.linear(x, weight, bias) for x, weight, bias in zip(operands, weights, biases, strict=True)]
+
+    return project
 
 
 def multi_head_attention(
@@ -65,8 +72,22 @@ def multi_head_attention(
     Without `average`, weights are `[B, heads, Lq, Lk]`. Rows without any key to see are NaN if the weights are needed
     and context 0 if not, as in PyTorch.
     """
-    projected = zip((query, key, value), heads.weights, heads.biases, strict=True)
-    q, k, v = (rounded(F.linear(x, weight, bias)) for x, weight, bias in projected)
+    q, k, v = in_heads([rounded(x) for x in heads.project(query, key, value)], heads)
+    mask = padded_mask(mask, heads, q.dtype)
+    probabilities = _probabilities(
+        q, k, mask, math.sqrt(1.0 / q.shape[-1]), rounded, empty_rows_are_zero=not need_weights
+    )
+    dropped = F.dropout(probabilities, heads.dropout_p, heads.training)
+    context = rounded((dropped @ v).transpose(1, 2).flatten(-2))
+    output = rounded(heads.project_context(context))
+    if not need_weights:
+        return output, None
+    return output, dropped.mean(1) if average else dropped
+
+
+def in_heads(projected: Sequence[Tensor], heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[B, L, E]` as `[B, heads, L, D]`, with the keys and values that are added."""
+    q, k, v = projected
     if heads.more_keys is not None:
         k, v = (
             torch.cat((t, row.expand(t.shape[0], -1, -1)), 1) for t, row in zip((k, v), heads.more_keys, strict=True)
@@ -74,17 +95,12 @@ def multi_head_attention(
     q, k, v = (t.unflatten(-1, (heads.count, -1)).transpose(1, 2) for t in (q, k, v))
     if heads.zero_key:
         k, v = (torch.cat((t, t.new_zeros((*t.shape[:2], 1, t.shape[3]))), 2) for t in (k, v))
-    if mask is not None:  # added keys are never masked
-        mask = F.pad(mask.to(q.dtype), (0, int(heads.more_keys is not None) + int(heads.zero_key)))
-    probabilities = _probabilities(
-        q, k, mask, math.sqrt(1.0 / q.shape[-1]), rounded, empty_rows_are_zero=not need_weights
-    )
-    dropped = F.dropout(probabilities, heads.dropout_p, heads.training)
-    context = rounded((dropped @ v).transpose(1, 2).flatten(-2))
-    output = rounded(F.linear(context, heads.out_weight, heads.out_bias))
-    if not need_weights:
-        return output, None
-    return output, dropped.mean(1) if average else dropped
+    return q, k, v
+
+
+def padded_mask(mask: Tensor | None, heads: Heads, dtype: torch.dtype) -> Tensor | None:
+    """The mask with columns for the keys that are added, which are never masked."""
+    return None if mask is None else F.pad(mask.to(dtype), (0, int(heads.more_keys is not None) + int(heads.zero_key)))
 
 
 def joined_masks(

@@ -81,6 +81,23 @@ class InputRounding:
     rounding: str
     clip_grad: bool
 
+    def integers(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The integers of x, in the dtype in which they are computed; NaN stays. Scale and zero broadcast to x."""
+        carrier = core.compute_carrier(x.dtype)
+        step = scale.to(carrier.dtype)
+        q = round_to_multiples(quotient(x.to(carrier.dtype), step), carrier, 0, self.rounding)
+        return (q if zero is None else q + zero.to(carrier.dtype)).clamp(self.quant_min, self.quant_max)
+
+    def passed(self, grad_x: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """What of a gradient passes the rounding of x: all of it, or what is not clipped."""
+        if not self.clip_grad:
+            return grad_x
+        wide = core.compute_carrier(x.dtype).dtype
+        position = x.to(wide) / scale.to(wide)
+        position = position if zero is None else position + zero
+        inside: Tensor = clip_gradient(grad_x, position, self.quant_min, self.quant_max)
+        return inside
+
 
 @dataclass(frozen=True)
 class QuantizedDense(FusedOp):
@@ -100,12 +117,10 @@ class QuantizedDense(FusedOp):
         return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
-        x, weight, how = rows_of(self.x), self.weight, self.how
-        carrier = core.compute_carrier(x.dtype)
-        step = self.x_scale.to(carrier.dtype).reshape(-1, 1)
-        q = round_to_multiples(quotient(x.to(carrier.dtype), step), carrier, 0, how.rounding)
-        zero = None if self.x_zero is None else self.x_zero.to(carrier.dtype).reshape(-1, 1)
-        q = (q if zero is None else q + zero).clamp(how.quant_min, how.quant_max)
+        x, weight = rows_of(self.x), self.weight
+        scale = self.x_scale.reshape(-1, 1)
+        zero = None if self.x_zero is None else self.x_zero.reshape(-1, 1)
+        q = self.how.integers(x, scale, zero)
         is_spoiled = q.isnan().any(1, keepdim=True)
         sums = weight.centred_sums(torch.where(q.isnan(), 0.0, q).to(torch.int8))
         if zero is not None:
@@ -113,7 +128,7 @@ class QuantizedDense(FusedOp):
             sums = sums - torch.where(zero.isnan(), 0.0, zero).to(torch.int32) * weight.sums
         wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
         # In this order nothing overflows that does not overflow in the result.
-        y = torch.where(is_spoiled, math.nan, sums.to(wide) * weight.scale * step)
+        y = torch.where(is_spoiled, math.nan, sums.to(wide) * weight.scale * scale.to(q.dtype))
         y = y if self.bias is None else y + self.bias
         # No view for autograd: users may write into the result of a layer.
         return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], weight.columns))
@@ -131,13 +146,8 @@ class QuantizedDenseGradients(StraightThroughGradients):
     how: InputRounding
 
     def passed(self, grad_x: Tensor) -> Tensor:
-        if not self.how.clip_grad:
-            return grad_x
-        wide = core.compute_carrier(self.x.dtype).dtype
-        position = rows_of(self.x).to(wide) / self.x_scale.to(wide).reshape(-1, 1)
-        position = position if self.x_zero is None else position + self.x_zero.reshape(-1, 1)
-        inside: Tensor = clip_gradient(grad_x, position, self.how.quant_min, self.how.quant_max)
-        return inside
+        zero = None if self.x_zero is None else self.x_zero.reshape(-1, 1)
+        return self.how.passed(grad_x, rows_of(self.x), self.x_scale.reshape(-1, 1), zero)
 
 
 quantized_dense_op = register("quantized_dense", QuantizedDense, QuantizedDenseGradients)

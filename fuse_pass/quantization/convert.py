@@ -18,7 +18,7 @@ from fuse_pass.quantization.layers import LAYER_FOR, QuantizedLayer
 from fuse_pass.quantization.layers.base import whole_weight
 from fuse_pass.quantization.layers.dropout import Dropping
 from fuse_pass.quantization.layers.int8_linear import HasInt8Weights, Int8Linear
-from fuse_pass.quantization.layers.packed import PackedLayer
+from fuse_pass.quantization.layers.packed import PackedModule
 from fuse_pass.quantization.names import NameFilter, Names
 from fuse_pass.report import Decline, Match, Reason, Report, publish
 
@@ -74,7 +74,7 @@ def convert(
     model = model if inplace else copy.deepcopy(model)
     report = Report()
     converted = swapping.swapped(model, lambda module, name: _swapped(module, name, chosen, report))
-    swapping.guard_fast_paths(converted, (QuantizedLayer, Int8Linear, PackedLayer))
+    swapping.guard_fast_paths(converted, (QuantizedLayer, Int8Linear, PackedModule))
     publish(report)
     return converted
 

@@ -1,8 +1,10 @@
-"""`fuse_pass.pack`: swaps Linear layers for ones that hold their weights in few bits, and back."""
+"""`fuse_pass.pack`: swaps layers for ones that hold their weights in few bits, and back."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -12,11 +14,20 @@ from fuse_pass.ops.packed_dense import INT8, LLM_INT8, WEIGHT_ONLY
 from fuse_pass.quantization import swapping
 from fuse_pass.quantization.layers import QuantizedLayer
 from fuse_pass.quantization.layers.bit_linear import BitLinear
+from fuse_pass.quantization.layers.convolution import QuantizedConv2d
 from fuse_pass.quantization.layers.int8_linear import Int8Linear
 from fuse_pass.quantization.layers.linear import QuantizedLinear
-from fuse_pass.quantization.layers.packed import PackedLayer, PackedLinear
+from fuse_pass.quantization.layers.packed import PackedLinear, PackedModule
+from fuse_pass.quantization.layers.packed_attention import PackedMultiheadAttention
+from fuse_pass.quantization.layers.packed_conv2d import (
+    INT8_SPEC,
+    PackedConv2d,
+    PackedQuantizedConv2d,
+    problem_of_conv2d,
+)
 from fuse_pass.quantization.layers.packed_embedding import PackedEmbedding
-from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear, problem_of
+from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear, problem_of_linear
+from fuse_pass.quantization.layers.packed_recurrent import PackedGRU, PackedLSTM, PackedRNN, names_of_weights
 from fuse_pass.quantization.names import NameFilter, Names
 from fuse_pass.quantization.packing import SPECS, Packed, PackSpec, of_integers
 from fuse_pass.report import Decline, Match, Reason, Report, publish
@@ -30,15 +41,17 @@ def pack(
     exclude: Names | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Replaces Linear and Embedding layers by ones that hold their weights in few bits, and multiply by those.
+    """Replaces layers with weights by ones that hold these in few bits, and multiply by them. For inference.
 
-    For inference.
+    Layers that are quantised already, `BitLinear`, `Int8Linear`, and `QuantizedLinear` and `QuantizedConv2d` of
+    `convert`, are packed to what they compute, whatever the spec says: the packed layer gives the same results (of an
+    `Int8Linear` those after `quantize_()`, of those of `convert` up to the rounding of sums).
 
-    Layers that are quantised already, `BitLinear`, `Int8Linear` and the `QuantizedLinear` of `convert`, are packed to
-    what they compute, whatever the spec says: the packed layer gives the same results (of an `Int8Linear` those after
-    `quantize_()`, of a `QuantizedLinear` up to the rounding of sums). `nn.Linear` and `nn.Embedding` are replaced by
-    exact type, where a spec is given; tables by their weight alone ("int8" and "llm_int8" make "int8_weight_only" of
-    them). What was packed and what was not, and why, goes to every open `fuse_pass.collect()`.
+    Where a spec is given, layers in floating point are replaced by exact type: `nn.Linear`; the projections of
+    `nn.MultiheadAttention`; the products of `nn.LSTM`, `nn.GRU` and `nn.RNN`, whose gates and states stay as they are;
+    `nn.Conv2d` by "int8", with a scale for each image, and by specs of the weight alone; `nn.Embedding` by its weight
+    alone ("int8" and "llm_int8" make "int8_weight_only" of it). What was packed and what was not, and why, goes to
+    every open `fuse_pass.collect()`.
 
     A layer that is used in several places is replaced by one layer; one whose weight another layer uses too (tied
     embeddings) gets packed codes of its own, and the weight stays with the other.
@@ -97,7 +110,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"unpack: expected a torch.nn.Module, got {type(model).__name__}")
 
     def swap(module: nn.Module, name: str) -> nn.Module:
-        return module.to_float() if isinstance(module, PackedLayer) else module
+        return module.to_float() if isinstance(module, PackedModule) else module
 
     result = swapping.swapped(model if inplace else copy.deepcopy(model), swap)
     swapping.guard_fast_paths(result, _GUARDED)
@@ -105,7 +118,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 _Decline = tuple[Reason, str]
-_GUARDED = (PackedLayer, QuantizedLayer, Int8Linear)
+_GUARDED = (PackedModule, QuantizedLayer, Int8Linear)
 
 
 def _spec_of(spec: PackSpec | str | None) -> PackSpec | None:
@@ -119,59 +132,98 @@ def _spec_of(spec: PackSpec | str | None) -> PackSpec | None:
 
 def _packed(module: nn.Module, spec: PackSpec | None) -> tuple[nn.Module, _Decline | None]:
     """The packed layer, or the module itself and why it stays; None where that goes without saying."""
-    if isinstance(module, PackedLayer):
+    if isinstance(module, PackedModule):
         return module, (Reason.OVERLAP, "is packed already")
     if isinstance(module, QuantizedLayer):
         return _of_quantized_layer(module)
     kind = type(module)
-    if kind not in (BitLinear, Int8Linear) and (spec is None or kind not in (nn.Linear, nn.Embedding)):
-        weight = private.parameters_of(module).get("weight")
-        has_weight = isinstance(module, (nn.Linear, nn.Embedding)) or (weight is not None and weight.dim() > 1)
-        is_asked = spec is not None and has_weight
-        return module, (Reason.NO_QUANTIZED_LAYER, f"{kind.__name__} has no packed layer") if is_asked else None
+    if kind not in (BitLinear, Int8Linear) and (spec is None or kind not in _OF_FLOAT):
+        is_asked = spec is not None and _has_matrix(module)
+        return module, _declined(f"{kind.__name__} has no packed layer") if is_asked else None
     problem = _problem_of_tensors(module)
     if problem:
-        return module, (Reason.NO_QUANTIZED_LAYER, problem)
+        return module, _declined(problem)
     if isinstance(module, BitLinear):
         return _of_bit_linear(module), None
     if isinstance(module, Int8Linear):
         return _of_int8_linear(module), None
-    assert spec is not None
-    if isinstance(module, nn.Embedding):
-        return _of_embedding(module, spec)
-    assert isinstance(module, nn.Linear)
-    return PackedLinear.from_float(module, spec), None
+    made = _OF_FLOAT[kind](module, spec)
+    return (module, _declined(made)) if isinstance(made, str) else (made, None)
 
 
-def _of_embedding(module: nn.Embedding, spec: PackSpec) -> tuple[nn.Module, _Decline | None]:
+def _declined(detail: str) -> _Decline:
+    return Reason.NO_QUANTIZED_LAYER, detail
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = private.parameters_of(module).get("weight")
+    return isinstance(module, tuple(_OF_FLOAT)) or (weight is not None and weight.dim() > 1)
+
+
+def _of_embedding(module: nn.Embedding, spec: PackSpec) -> nn.Module | str:
     """Nothing is multiplied, so that only the weight can be in few bits."""
     if module.max_norm is not None:
-        return module, (Reason.NO_QUANTIZED_LAYER, "its table is written to in every call (max_norm)")
+        return "its table is written to in every call (max_norm)"
     chosen = PackSpec("int8_weight_only") if spec.name in (INT8, LLM_INT8) else spec
     if chosen.kind != WEIGHT_ONLY:
-        return module, (Reason.NO_QUANTIZED_LAYER, f"an Embedding has no packed layer of {spec.name}")
-    return PackedEmbedding(module, chosen), None
+        return f"an Embedding has no packed layer of {spec.name}"
+    return PackedEmbedding(module, chosen)
+
+
+def _of_conv2d(module: nn.Conv2d, spec: PackSpec) -> nn.Module | str:
+    if spec.kind == WEIGHT_ONLY:
+        return PackedConv2d(module, spec)
+    if spec.kind != INT8:
+        return f"a Conv2d has no packed layer of {spec.name}"
+    layer = QuantizedConv2d.from_float(module, INT8_SPEC)
+    return problem_of_conv2d(layer) or PackedQuantizedConv2d(layer)
+
+
+# What takes the place of a layer in floating point, by exact type; or why nothing does.
+_OF_FLOAT: dict[type[nn.Module], Callable[[Any, Any], nn.Module | str]] = {
+    nn.Linear: PackedLinear.from_float,
+    nn.Embedding: _of_embedding,
+    nn.Conv2d: _of_conv2d,
+    nn.MultiheadAttention: PackedMultiheadAttention,
+    nn.RNN: PackedRNN,
+    nn.LSTM: PackedLSTM,
+    nn.GRU: PackedGRU,
+}
 
 
 def _of_quantized_layer(module: QuantizedLayer) -> tuple[nn.Module, _Decline | None]:
-    if type(module) is not QuantizedLinear:
-        return module, (Reason.NO_QUANTIZED_LAYER, f"{type(module).__name__} has no packed layer")
-    problem = _problem_of_tensors(module) or problem_of(module)
-    return (module, (Reason.NO_QUANTIZED_LAYER, problem)) if problem else (PackedQuantizedLinear(module), None)
+    if type(module) not in (QuantizedLinear, QuantizedConv2d):
+        return module, _declined(f"{type(module).__name__} has no packed layer")
+    problem = _problem_of_tensors(module)
+    if isinstance(module, QuantizedConv2d):
+        problem = problem or problem_of_conv2d(module)
+        return (module, _declined(problem)) if problem else (PackedQuantizedConv2d(module), None)
+    assert isinstance(module, QuantizedLinear)
+    problem = problem or problem_of_linear(module)
+    return (module, _declined(problem)) if problem else (PackedQuantizedLinear(module), None)
 
 
 def _problem_of_tensors(module: nn.Module) -> str:
     if "forward" in vars(module):
         return "its forward was replaced"
-    return "" if _has_weight_of_its_own(module) else "its weight is computed (pruned)"
+    return "" if _has_weights_of_its_own(module) else "its weight is computed (pruned)"
 
 
-def _has_weight_of_its_own(module: nn.Module) -> bool:
-    """A Parameter, or what a layer that is packed or quantised already keeps instead."""
+def _has_weights_of_its_own(module: nn.Module) -> bool:
+    """Parameters, or what a layer that is packed or quantised already keeps instead."""
     names = {*private.parameters_of(module), *private.buffers_of(module)}
     if isinstance(module, BitLinear) and module.is_packed:
         return True
+    if isinstance(module, nn.RNNBase):
+        return names.issuperset(names_of_weights(module))
+    if isinstance(module, nn.MultiheadAttention):
+        needed = {"in_proj_weight"} if module.kdim == module.vdim == module.embed_dim else _PROJECTION_WEIGHTS
+        out = module.out_proj
+        return needed <= names and "weight" in private.parameters_of(out) and not private.has_hooks(out)
     return "weight" in names
+
+
+_PROJECTION_WEIGHTS = {"q_proj_weight", "k_proj_weight", "v_proj_weight"}
 
 
 def _of_bit_linear(layer: BitLinear) -> PackedLinear:
@@ -201,5 +253,5 @@ def _layer(old: BitLinear | Int8Linear, spec: PackSpec, weight: Packed) -> Packe
 
 
 def _excluded(module: nn.Module) -> _Decline | None:
-    is_packable = type(module) in (nn.Linear, nn.Embedding, BitLinear, Int8Linear, QuantizedLinear)
+    is_packable = type(module) in (*_OF_FLOAT, BitLinear, Int8Linear, QuantizedLinear, QuantizedConv2d)
     return (Reason.EXCLUDED, "the caller left it out") if is_packable else None

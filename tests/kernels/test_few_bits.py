@@ -24,12 +24,15 @@ SIZES = [
     (6, 100, 130),
     (7, 33, 96),
     (13, 130, 257),
+    (16, 32, 64),
+    (17, 50, 130),
+    (70, 97, 200),
     (0, 3, 8),
 ]
 SIGNED = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1])
 
 
-@pytest.fixture(scope="module", params=["none", "0", "1", "2"])
+@pytest.fixture(scope="module", params=["none", "0", "1", "2", "3"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Each build that this processor can run, and plain PyTorch."""
     patch = pytest.MonkeyPatch()
@@ -69,7 +72,7 @@ def test_extremes_do_not_saturate(a: int, bits: int, kernels: str) -> None:
     """Every pair of the largest products, over an inner size that any 16-bit sum would leave."""
     for inner in (64, 1000, 4096, few_bits.MAX_INNER):
         codes = torch.full((17, inner), (1 << bits) - 1, dtype=torch.uint8)
-        rows = torch.full((4, inner), a, dtype=torch.int8)
+        rows = torch.full((20, inner), a, dtype=torch.int8)
         y = few_bits.integer_product(rows, few_bits.pack(codes, bits), 17, bits)
         assert (y == a * ((1 << bits) - 1) * inner).all()
 

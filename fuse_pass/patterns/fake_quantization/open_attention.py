@@ -20,6 +20,7 @@ from fuse_pass.graph.safety import Problem
 from fuse_pass.graph.shapes import value_of
 from fuse_pass.numerics.attention import (
     Heads,
+    by_weights,
     joined_masks,
     multi_head_attention,
     scaled_dot_product_attention,
@@ -111,12 +112,13 @@ def _heads(tensors: dict[str, Any], given: dict[str, Any], dropout_p: Any) -> He
     bias = tensors["in_proj_bias"]
     return Heads(
         count=given["num_heads"],
-        weights=separate if given["use_separate_proj_weight"] else tensors["in_proj_weight"].chunk(3),
-        biases=(None,) * 3 if bias is None else bias.chunk(3),
+        project=by_weights(
+            separate if given["use_separate_proj_weight"] else tensors["in_proj_weight"].chunk(3),
+            (None,) * 3 if bias is None else bias.chunk(3),
+        ),
+        project_context=lambda context: F.linear(context, tensors["out_proj_weight"], tensors["out_proj_bias"]),
         more_keys=None if tensors["bias_k"] is None else (tensors["bias_k"], tensors["bias_v"]),
         zero_key=given["add_zero_attn"],
-        out_weight=tensors["out_proj_weight"],
-        out_bias=tensors["out_proj_bias"],
         dropout_p=dropout_p,
         training=given["training"],
     )

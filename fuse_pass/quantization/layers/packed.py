@@ -13,7 +13,51 @@ from fuse_pass.ops.packed_dense import PackedWeight, packed_dense
 from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
 
 
-class PackedLayer(nn.Module):
+class PackedModule(nn.Module):
+    """What `pack` puts in the place of a layer, and `unpack` takes away again."""
+
+    def to_float(self) -> nn.Module:
+        """The `torch.nn` layer with the real numbers that the codes stand for as its weights."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights and their scales, without biases."""
+        raise NotImplementedError
+
+
+class PackedParts(PackedModule):
+    """A layer made of several packed Linear layers, its children.
+
+    Attributes:
+        plain_weights: names under which the `torch.nn` layer would save its weights; such a state dict is refused.
+    """
+
+    plain_weights: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.children() if isinstance(part, PackedModule))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        plain = [name for name in self.plain_weights if f"{prefix}{name}" in state_dict]
+        if plain:
+            errors.append(_plain_weight(f"{prefix}{plain[0]}"))
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def _plain_weight(name: str) -> str:
+    return (
+        f"{name}: this layer is packed and expects words and scale, got a plain weight; load it into the model before "
+        "fuse_pass.pack"
+    )
+
+
+class PackedLayer(PackedModule):
     """What layers with a packed weight have in common.
 
     The weight is no Parameter. The state dict holds `words` (the packed codes), scales, and `packed_format` (uint8,
@@ -40,10 +84,6 @@ class PackedLayer(nn.Module):
         described = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         self.register_buffer("packed_format", described.to(words.device))
 
-    def to_float(self) -> nn.Module:
-        """The `torch.nn` layer with the real numbers that the codes stand for as its weight."""
-        raise NotImplementedError
-
     def real_weight(self) -> Tensor:
         """What the codes stand for, in the shape of the weight."""
         raise NotImplementedError
@@ -54,7 +94,6 @@ class PackedLayer(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Memory of the packed weight and its scales, without a bias."""
         held = {**private.buffers_of(self), "packed_format": None, "table": None}
         return sum(buffer.nbytes for buffer in held.values() if buffer is not None)
 
@@ -84,10 +123,7 @@ class PackedLayer(nn.Module):
                 errors.append(f"{prefix}packed_format: expected {expected}, got {found}; pack the model by that spec")
                 return
         elif f"{prefix}weight" in state_dict:
-            errors.append(
-                f"{prefix}weight: this layer is packed and expects words and scale, got a plain weight; "
-                "load it into the model before fuse_pass.pack"
-            )
+            errors.append(_plain_weight(f"{prefix}weight"))
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -167,15 +203,23 @@ class PackedLinear(PackedLinearLayer):
         self.register_buffer("table", None if table is None else table.to(weight.words.device), persistent=False)
 
     @classmethod
+    def of_weight(cls, weight: Tensor, spec: PackSpec, bias: nn.Parameter | None) -> Self:
+        """A layer with a floating-point weight `[out_features, in_features]` packed, and the same bias Parameter.
+
+        Raises:
+            ValueError: see `packing.packed`.
+        """
+        out_features, in_features = weight.shape
+        return cls(in_features, out_features, spec, packed(weight.detach(), spec), bias)
+
+    @classmethod
     def from_float(cls, linear: nn.Linear, spec: PackSpec) -> Self:
         """A layer with the weight of `linear` packed, and the same bias Parameter.
 
         Raises:
             ValueError: see `packing.packed`.
         """
-        weight = packed(linear.weight.detach(), spec)
-        layer = cls(linear.in_features, linear.out_features, spec, weight, linear.bias)
-        return layer.train(linear.training)
+        return cls.of_weight(linear.weight, spec, linear.bias).train(linear.training)
 
     def real_weight(self) -> Tensor:
         return PackedWeight(*self._weight()).real(self.in_features)
