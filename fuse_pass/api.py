@@ -75,10 +75,10 @@ def compile(
     own, _ = split_options(torch_compile_kwargs.get("options") or {})
     spec = chosen.updated(own).quantize
     if spec is not None and isinstance(model, nn.Module):
-        model = _with_opaque_layers_quantized(model, spec)
+        model = with_opaque_layers_quantized(model, spec)
     compiled: Any = torch.compile(model, backend=FuseBackend.of(chosen), **torch_compile_kwargs)
     if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
-        compiled.forward = _without_fast_path(compiled.forward)
+        compiled.forward = without_fast_path(compiled.forward)
     if spec is None:
         return compiled
     if compiled is model:
@@ -121,7 +121,7 @@ def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:
         raise ValueError(f"unknown mode {mode!r}; valid are {', '.join(modes)}")
 
 
-def _with_opaque_layers_quantized(model: nn.Module, spec: QuantSpec) -> nn.Module:
+def with_opaque_layers_quantized(model: nn.Module, spec: QuantSpec) -> nn.Module:
     opaque: dict[str | type[nn.Module], QuantSpec | Format | str | None]
     opaque = {kind: spec for kind in _OPAQUE if any(type(module) is kind for module in model.modules())}
     if not opaque:
@@ -130,7 +130,7 @@ def _with_opaque_layers_quantized(model: nn.Module, spec: QuantSpec) -> nn.Modul
     return convert(copy.deepcopy(model, shared), opaque, inplace=True)
 
 
-def _without_fast_path(forward: Callable[..., Any]) -> Callable[..., Any]:
+def without_fast_path(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         before = torch.backends.mha.get_fastpath_enabled()

@@ -29,6 +29,7 @@ ROOMS = (
     "backend",
     "api",
     "analysis",
+    "export",
     "testing",  # the fuzzer
     "commands",
     "bench",  # measurements
