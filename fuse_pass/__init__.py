@@ -80,7 +80,18 @@ _LOADED_LATER = {
     "fuse": "fuse_pass.export",
     "fuse_backend": "fuse_pass.backend",
 }
-_MODULES_LOADED_LATER = ("analysis", "api", "backend", "export", "graph", "joint", "options", "patterns")
+_MODULES_LOADED_LATER = (
+    "analysis",
+    "api",
+    "backend",
+    "calling",
+    "export",
+    "graph",
+    "in_place",
+    "joint",
+    "options",
+    "patterns",
+)
 
 for _name in ("fuse_pass", "fuse_pass_backend"):
     announce_backend(_name, "fuse_pass.backend:fuse_backend")

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fuse_pass.api import with_opaque_layers_quantized, without_fast_path
 from fuse_pass.backend import FuseBackend
+from fuse_pass.calling import with_opaque_layers_quantized, without_fast_path
 from fuse_pass.inductor import exporting, private
 from fuse_pass.numerics.formats import Format
 from fuse_pass.numerics.spec import QuantSpec
