@@ -70,7 +70,7 @@ def fuse(
     graph = without_fast_path(exporting.captured)(model, args, given, dynamic_shapes)
     fused, report = backend.rewrite(graph)
     publish(report)
-    return torch.export.export(exporting.called_like(fused, graph, model), args, given, dynamic_shapes=dynamic_shapes)
+    return torch.export.export(exporting.with_state_of(model, fused), args, given, dynamic_shapes=dynamic_shapes)
 
 
 def decompositions() -> dict[private.OpOverload, Callable[..., Any]]:

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     RECOMPILE_LIMIT = "recompile limit"
     REUSED = "compiled before"
     GRAPH_BREAK = "graph break"
+    NOT_CAPTURED = "not captured"
 
 
 ADVICE: dict[Reason, str] = {
@@ -75,6 +76,7 @@ ADVICE: dict[Reason, str] = {
     Reason.SWITCHED_OFF: "undo that setting while the model is called",
     Reason.RECOMPILE_LIMIT: "pass dynamic=True, call mark_dynamic on sizes that vary, or raise config.recompile_limit",
     Reason.REUSED: "open collect() before the first call, or call torch.compiler.reset() in between",
+    Reason.NOT_CAPTURED: "trace with fuse_pass.fuse, torch.export.export or torch.compile",
     Reason.GRAPH_BREAK: "mend the break (fullgraph=True finds it), or use fuse_pass.convert",
 }
 

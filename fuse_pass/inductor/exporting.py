@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fuse_pass.inductor.private import buffers_of, children_of, parameters_of
 
-__all__ = ["called_like", "captured"]
+__all__ = ["captured", "with_state_of"]
 
 
 def captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> GraphModule:
@@ -22,9 +22,8 @@ def captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return _export_to_torch_ir(model, args, dict(kwargs), dynamic_shapes, _log_export_usage=False)
 
 
-def called_like(graph_module: GraphModule, original: GraphModule, model: nn.Module) -> GraphModule:
-    """A rewritten graph that takes its arguments and gives its results as a `captured` one, with the model's state."""
-    graph_module.graph.set_codegen(original.graph._codegen)
+def with_state_of(model: nn.Module, graph_module: GraphModule) -> GraphModule:
+    """A rewritten graph with a signature that `torch.export` can read, and with all of the model's state."""
     made = GraphModule(graph_module, graph_module.graph)
     for path, module in model.named_modules(remove_duplicate=False):
         if parameters_of(module) or buffers_of(module):
