@@ -205,6 +205,12 @@ def calibrated(model: nn.Module) -> nn.Module:
     return fuse_pass.pack(converted)
 
 
+def with_outliers() -> Tensor:
+    x = torch.randn(8, 64)
+    x[:, 5] *= 20  # a column of them
+    return x
+
+
 KINDS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     "fused": lambda model: model,
     "converted to int8": lambda model: fuse_pass.convert(model, "int8"),
@@ -229,8 +235,7 @@ print("all agree; fuse_pass is", sys.modules["fuse_pass"])
 
 def test_programs_of_every_kind_of_model_run_without_fuse_pass(tmp_path: Path) -> None:
     cases = []
-    x = torch.randn(8, 64)
-    x[:, 5] *= 20  # a column of outliers
+    x = with_outliers()
     for i, kind in enumerate(KINDS.values()):
         model = kind(mlp().eval())
         with torch.no_grad():
@@ -253,3 +258,43 @@ def test_a_saved_program_runs_where_fuse_pass_is_and_says_so_where_it_is_not(tmp
     code = load + "x, y = torch.load('case.pt')\ntorch.testing.assert_close(program.module()(x), y)\nprint('agrees')"
     assert "agrees" in elsewhere(code, tmp_path, with_us=True)
     assert "failed to resolve torch.ops.fuse_pass." in elsewhere(load, tmp_path)
+
+
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+RUN_PACKAGE = """
+x, expected = torch.load("case.pt")
+y = torch._inductor.aoti_load_package("model.pt2")(x)
+torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+print("agrees; fuse_pass is", sys.modules["fuse_pass"])
+"""
+
+
+def assert_packaged(model: nn.Module, x: Tensor, folder: Path, *, in_aten: bool = False) -> None:
+    """An AOTInductor package of the fused model gives its numbers where fuse_pass is not installed."""
+    with torch.no_grad():
+        program = fuse_pass.fuse(model, (x,))
+        assert names_of_ops(program)
+        if in_aten:
+            program = program.run_decompositions(fuse_pass.decompositions())
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+        torch.save((x, model(x)), folder / "case.pt")
+    assert "agrees; fuse_pass is None" in elsewhere(RUN_PACKAGE, folder)
+
+
+def test_a_package_calls_no_op_of_ours(tmp_path: Path) -> None:
+    """One of layers whose products are ours: int8, packed integers, packed numbers, outliers."""
+    specs = {0: "int8", 2: "llm_int8", 4: "int4_weight_only"}
+    layers = [nn.Linear(64, 64) if i in (*specs, 6) else nn.LayerNorm(64) for i in range(8)]
+    model = nn.Sequential(*layers).eval()
+    for i, spec in specs.items():
+        model[i] = fuse_pass.pack(nn.Sequential(model[i]), spec)[0]
+    model[6] = fuse_pass.BitLinear.from_float(model[6]).pack()
+    assert_packaged(model, with_outliers(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_aten", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packages_of_every_kind_of_model(kind: str, in_aten: bool, tmp_path: Path) -> None:
+    assert_packaged(KINDS[kind](mlp().eval()), with_outliers(), tmp_path, in_aten=in_aten)
