@@ -260,6 +260,15 @@ def test_a_saved_program_runs_where_fuse_pass_is_and_says_so_where_it_is_not(tmp
     assert "failed to resolve torch.ops.fuse_pass." in elsewhere(load, tmp_path)
 
 
+def test_the_example_runs() -> None:
+    root = Path(fuse_pass.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "examples" / "export.py")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "torch.export, packed to int8: fused" in result.stdout
+
+
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 RUN_PACKAGE = """
