@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fuse_pass.analysis import coverage
     from fuse_pass.api import compile
     from fuse_pass.backend import FuseBackend, fuse_backend
+    from fuse_pass.export import decompositions, fuse
 
 __version__ = "0.1.0"
 
@@ -58,8 +59,10 @@ __all__ = [
     "compile",
     "convert",
     "coverage",
+    "decompositions",
     "fake_quantize",
     "formats",
+    "fuse",
     "fuse_backend",
     "nn",
     "observers",
@@ -73,9 +76,22 @@ _LOADED_LATER = {
     "FuseBackend": "fuse_pass.backend",
     "compile": "fuse_pass.api",
     "coverage": "fuse_pass.analysis",
+    "decompositions": "fuse_pass.export",
+    "fuse": "fuse_pass.export",
     "fuse_backend": "fuse_pass.backend",
 }
-_MODULES_LOADED_LATER = ("analysis", "api", "backend", "graph", "joint", "options", "patterns")
+_MODULES_LOADED_LATER = (
+    "analysis",
+    "api",
+    "backend",
+    "calling",
+    "export",
+    "graph",
+    "in_place",
+    "joint",
+    "options",
+    "patterns",
+)
 
 for _name in ("fuse_pass", "fuse_pass_backend"):
     announce_backend(_name, "fuse_pass.backend:fuse_backend")

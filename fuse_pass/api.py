@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import nn
 
 from fuse_pass.backend import FuseBackend, split_options
+from fuse_pass.calling import has_fast_path, kept_whole, with_opaque_layers_quantized, without_fast_path
+from fuse_pass.in_place import compile_in_place, switched_off
 from fuse_pass.inductor import compiler
 from fuse_pass.numerics.formats import Format
 from fuse_pass.numerics.spec import QuantSpec
 from fuse_pass.options import Options
-from fuse_pass.quantization.convert import convert
 from fuse_pass.quantization.layers import LAYER_FOR
 from fuse_pass.quantization.quantized_calls import watch_layers
 
-# Their arithmetic is out of a graph's reach.
-_OPAQUE = (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
-# Their fast path in eval is one opaque call, in which no pattern can be seen.
-_WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@overload
+def compile(
+    model: None = None,
+    *,
+    patterns: Iterable[str] | None = ...,
+    quantize: QuantSpec | Format | str | None = ...,
+    memory: str = ...,
+    prepack: bool = ...,
+    strict: bool = ...,
+    inplace: bool = ...,
+    **torch_compile_kwargs: Any,
+) -> Callable[[FunctionT], FunctionT]: ...
+
+
+@overload
+def compile(
+    model: ModuleT,
+    *,
+    patterns: Iterable[str] | None = ...,
+    quantize: QuantSpec | Format | str | None = ...,
+    memory: str = ...,
+    prepack: bool = ...,
+    strict: bool = ...,
+    inplace: bool = ...,
+    **torch_compile_kwargs: Any,
+) -> ModuleT: ...
+
+
+@overload
+def compile(
+    model: Callable[P, R],
+    *,
+    patterns: Iterable[str] | None = ...,
+    quantize: QuantSpec | Format | str | None = ...,
+    memory: str = ...,
+    prepack: bool = ...,
+    strict: bool = ...,
+    inplace: bool = ...,
+    **torch_compile_kwargs: Any,
+) -> Callable[P, R]: ...
 
 
 def compile(
@@ -34,6 +76,7 @@ def compile(
     memory: str = "balanced",
     prepack: bool = False,
     strict: bool = False,
+    inplace: bool = False,
     **torch_compile_kwargs: Any,
 ) -> Any:
     """`torch.compile(model, backend=FuseBackend(patterns, …), **torch_compile_kwargs)`, set up for fusion.
@@ -56,11 +99,17 @@ def compile(
         memory: "fastest", "balanced" or "smallest": what is kept for backward; see `FuseBackend`.
         prepack: keep large weights a second time, in the order that a CPU multiplies fastest; see `FuseBackend`.
         strict: raise where a pass fails, instead of warning and compiling the untouched graph.
+        inplace: compile the `forward` of `model` itself and return it, which stays what it is: its class, signature,
+            `state_dict` and methods. `model(…)` and `model.forward(…)` are compiled, other methods are not. With
+            `quantize`, layers that are one call in a graph are converted in the model itself. Compiled again, it has
+            the settings of the last call, but for `quantize`, which cannot be changed. A deep copy is compiled as well;
+            what is read from a pickle is not, and with `quantize` pickling raises.
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, `options` and `disable` of `torch.compile`.
 
     Raises:
         ValueError: an unknown pattern name, option, `mode` or setting of `memory`; both `mode` and `options`.
-        TypeError: `backend` is given, an argument that `torch.compile` does not know, or one of a wrong type.
+        TypeError: `backend` is given, an argument that `torch.compile` does not know, or one of a wrong type;
+            `inplace` for what is no module.
         RuntimeError: `quantize` where compilation is switched off (`disable=True`, TORCHDYNAMO_DISABLE=1).
     """
     if "backend" in torch_compile_kwargs:
@@ -71,41 +120,26 @@ def compile(
     chosen = Options.of(patterns, quantize, memory=memory, prepack=prepack, strict=strict)
     _require_valid(torch_compile_kwargs)
     if model is None:
-        return functools.partial(compile, **chosen.as_dict(), **torch_compile_kwargs)
+        return functools.partial(compile, **chosen.as_dict(), inplace=inplace, **torch_compile_kwargs)
     own, _ = split_options(torch_compile_kwargs.get("options") or {})
     spec = chosen.updated(own).quantize
+    if inplace:
+        return compile_in_place(model, chosen, spec, torch_compile_kwargs)  # type: ignore[type-var]
     if spec is not None and isinstance(model, nn.Module):
-        model = _with_opaque_layers_quantized(model, spec)
+        model = with_opaque_layers_quantized(model, spec)
     compiled: Any = torch.compile(model, backend=FuseBackend.of(chosen), **torch_compile_kwargs)
-    if isinstance(model, nn.Module) and any(isinstance(module, _WITH_FAST_PATH) for module in model.modules()):
-        compiled.forward = _without_fast_path(compiled.forward)
+    if has_fast_path(model):
+        compiled.forward = without_fast_path(compiled.forward)
     if spec is None:
         return compiled
     if compiled is model:
-        raise RuntimeError(
-            f"quantize={spec}: expected torch.compile to compile, but it is switched off (disable=True or "
-            "TORCHDYNAMO_DISABLE=1) and would give the unquantised model; fuse_pass.convert quantises without compiling"
-        )
+        raise RuntimeError(switched_off(spec))
     if not isinstance(model, nn.Module):
-        return _kept_whole(compiled)
+        return kept_whole(compiled)
     watch_layers(model, tuple(LAYER_FOR))
     compiler.forget_original(compiled)
-    compiled.forward = _kept_whole(compiled.forward)
+    compiled.forward = kept_whole(compiled.forward)
     return compiled
-
-
-def _kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What another `torch.compile` calls and does not look into: in its graph nothing would be quantised."""
-
-    @functools.wraps(function, updated=())  # without the notes by which Dynamo finds the function inside
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                "quantize= of fuse_pass: export would write the unquantised model; use fuse_pass.convert"
-            )
-        return function(*args, **kwargs)
-
-    return torch.compiler.disable(run, reason="quantize= of fuse_pass needs a graph of its own")  # type: ignore[no-any-return]
 
 
 def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:
@@ -119,25 +153,3 @@ def _require_valid(torch_compile_kwargs: dict[str, Any]) -> None:
     modes = ("default", *compiler.list_mode_options())
     if mode is not None and mode not in modes:
         raise ValueError(f"unknown mode {mode!r}; valid are {', '.join(modes)}")
-
-
-def _with_opaque_layers_quantized(model: nn.Module, spec: QuantSpec) -> nn.Module:
-    opaque: dict[str | type[nn.Module], QuantSpec | Format | str | None]
-    opaque = {kind: spec for kind in _OPAQUE if any(type(module) is kind for module in model.modules())}
-    if not opaque:
-        return model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return convert(copy.deepcopy(model, shared), opaque, inplace=True)
-
-
-def _without_fast_path(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
-
-    return run

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.product import pays
+from fuse_pass.graph import noted
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
@@ -176,8 +177,29 @@ class FuseBackend:
     ) -> tuple[GraphModule, Report]:
         """Applies the patterns to a copy of a Dynamo graph, sub-graphs included; `pays` is the cost model of products.
 
+        So are graphs whose values are noted in `val`, as those of `program.module()` of an `ExportedProgram` before
+        `run_decompositions`; under `torch.no_grad()` they get ops without a gradient. Where no shape is noted, as in
+        graphs of `torch.fx.symbolic_trace`, or modules are called unopened, a note in the report says so.
+
         Returns the copy and the report, or `gm` itself where nothing matched or a pass failed.
+
+        Raises:
+            ValueError: `quantize` for a graph that cannot be read.
         """
+        if noted.is_of_dynamo(gm.graph):
+            return self._rewrite(gm, own_random_numbers, pays)
+        notes = list(_not_captured(gm))
+        if notes and self.options.quantize is not None:
+            raise ValueError(f"quantize={self.options.quantize}: expected a graph that can be read. {notes[0]}")
+        if not noted.is_of_export(gm.graph):
+            return gm, Report(graphs=1, notes=notes)
+        fused, report = self._rewrite(_copied(gm, noted.read_as_of_dynamo), own_random_numbers, pays)
+        report.notes += notes
+        return (_copied(fused, noted.write_as_of_export) if report.matches else gm), report
+
+    def _rewrite(
+        self, gm: GraphModule, own_random_numbers: bool, pays: Callable[[GemmProblem], bool]
+    ) -> tuple[GraphModule, Report]:
         report = Report(graphs=1)
         fallback, known = gm, Report(graphs=1)
         step = "copying the graph"
@@ -238,6 +260,25 @@ def _prepack_does_nothing() -> Note:
     detail = "prepack=True does nothing here: weights are packed for oneDNN, which computes on a CPU."
     warnings.warn(f"fuse_pass: {detail}", RuntimeWarning, stacklevel=2)
     return Note(Reason.COST, detail)
+
+
+def _not_captured(gm: GraphModule) -> Iterator[Note]:
+    """What cannot be read in a graph that Dynamo has not made."""
+    if not noted.is_of_export(gm.graph):
+        yield Note(Reason.NOT_CAPTURED, "A graph notes no shape, neither in `example_value` nor in `val`.")
+    calls = gm.graph.find_nodes(op="call_module")
+    closed = [str(node.target) for node in calls if [*gm.get_submodule(str(node.target)).parameters()]]
+    if closed:
+        yield Note(Reason.NOT_CAPTURED, f"A graph calls modules without opening them: {', '.join(closed[:3])}.")
+
+
+def _copied(gm: GraphModule, mend: Callable[[Graph], None]) -> GraphModule:
+    """A copy, in whose graphs something was mended."""
+    copied = copy_graph_module(gm)
+    for module in copied.modules():
+        if isinstance(module, GraphModule):
+            mend(module.graph)
+    return _recompiled(copied)
 
 
 def _name_cuts(report: Report, graph: Graph) -> None:

@@ -46,6 +46,7 @@ class Reason(StrEnum):
     REUSED = "compiled before"
     GRAPH_BREAK = "graph break"
     NOT_COMPILED = "Inductor failed"
+    NOT_CAPTURED = "not captured"
 
 
 ADVICE: dict[Reason, str] = {
@@ -76,6 +77,7 @@ ADVICE: dict[Reason, str] = {
     Reason.SWITCHED_OFF: "undo that setting while the model is called",
     Reason.RECOMPILE_LIMIT: "pass dynamic=True, call mark_dynamic on sizes that vary, or raise config.recompile_limit",
     Reason.REUSED: "open collect() before the first call, or call torch.compiler.reset() in between",
+    Reason.NOT_CAPTURED: "trace with fuse_pass.fuse, torch.export.export or torch.compile",
     Reason.GRAPH_BREAK: "mend the break (fullgraph=True finds it), or use fuse_pass.convert",
     Reason.NOT_COMPILED: "FuseBackend(strict=True) raises the error: report it, to PyTorch or here",
 }

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 
 
-def test_the_tutorial_runs(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "extending.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("extending", 4), ("export", 3)])
+def test_the_code_of_a_page_runs(page: str, least: int, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
-    assert len(blocks) >= 4
+    assert len(blocks) >= least
     script = tmp_path / "tutorial.py"
     script.write_text("\n\n".join(blocks))
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=ROOT)

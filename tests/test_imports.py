@@ -27,8 +27,11 @@ ROOMS = (
     "patterns",  # what is found in graphs, and what takes its place
     "options",  # the settings of a compilation
     "backend",
+    "calling",  # what surrounds every call of what is compiled
+    "in_place",
     "api",
     "analysis",
+    "export",
     "testing",  # the fuzzer
     "commands",
     "bench",  # measurements

@@ -109,12 +109,18 @@ def gemm_onednn(
     try:
         return onednn.product(_dense_rows(a), columns, packed_bias, attribute, arguments, algorithm)
     except onednn.NoPrimitiveError as error:
-        act = _BY_POST_OP.get((attribute, algorithm))
-        if act is None and attribute != "none":
+        if (attribute, algorithm) not in _BY_POST_OP and attribute != "none":
             raise
         _say_once(str(error))
+    return gemm_aten(a, b, bias, attribute, arguments, algorithm)
+
+
+def gemm_aten(
+    a: Tensor, b: Tensor, bias: Tensor | None, attribute: str, arguments: list[float], algorithm: str
+) -> Tensor:
+    """What `fuse_pass::gemm` computes, where oneDNN does not multiply: of the activations those that ours are."""
     y = product(a, b, bias)
-    return y if act is None else act.forward(y, arguments, None)
+    return y if attribute == "none" else _BY_POST_OP[attribute, algorithm].forward(y, arguments, None)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from fuse_pass.gemm import integers, measured, onednn, probe
 from fuse_pass.gemm.probe import Kind
 from fuse_pass.gemm.problem import Epilogue, GemmProblem
 from fuse_pass.inductor import compat
+from fuse_pass.inductor.reach import Reach, reach
 from fuse_pass.numerics.tensors import accumulation_dtype
 
 _OWN = 1.0
@@ -57,10 +58,12 @@ class Provider(Protocol):
     Attributes:
         name: for reports and tables.
         computes_activation: whether the activation is part of the same kernel.
+        reach: where a graph runs that it has been written into.
     """
 
     name: str
     computes_activation: bool
+    reach: Reach
 
     def supports(self, problem: GemmProblem) -> bool:
         """Whether it can compute this, here, as exactly as PyTorch does."""
@@ -76,6 +79,7 @@ class Aten:
     """PyTorch's own product; Inductor knows how to fuse and tune it."""
 
     name, computes_activation = "aten", False
+    reach = Reach.ANYWHERE
 
     def supports(self, problem: GemmProblem) -> bool:
         return problem.dtype is not torch.int8
@@ -96,6 +100,7 @@ class Sums:
     """
 
     name, computes_activation = "sums", True
+    reach = Reach.PACKAGE
 
     def supports(self, problem: GemmProblem) -> bool:
         rows, _, _ = problem.sizes
@@ -127,6 +132,8 @@ class OneDNN:
     Args:
         with_activation: in the same call.
     """
+
+    reach = Reach.HERE
 
     def __init__(self, *, with_activation: bool = False) -> None:
         self.computes_activation = with_activation
@@ -162,6 +169,8 @@ class Packed:
     Args:
         with_activation: in the same call.
     """
+
+    reach = Reach.HERE
 
     def __init__(self, *, with_activation: bool = False) -> None:
         self.computes_activation = with_activation
@@ -199,6 +208,7 @@ class ViaFloat32:
     """
 
     name, computes_activation = "via_float32", False
+    reach = Reach.ANYWHERE
 
     def supports(self, problem: GemmProblem) -> bool:
         is_half = problem.dtype in (torch.float16, torch.bfloat16)
@@ -224,6 +234,7 @@ class IntMM:
     """PyTorch's `int8 @ int8 → int32`, where it is exact; elsewhere it does not exist."""
 
     name, computes_activation = "int_mm", False
+    reach = Reach.HERE  # exact on some processors only
 
     def supports(self, problem: GemmProblem) -> bool:
         return problem.dtype is torch.int8 and integers.int_mm_serves(problem)
@@ -244,6 +255,7 @@ class IntegerSums:
     """
 
     name, computes_activation = "integer_sums", False
+    reach = Reach.PACKAGE
 
     def supports(self, problem: GemmProblem) -> bool:
         rows = problem.sizes[0]
@@ -264,6 +276,7 @@ class IntegersInFloat32:
     """int8 products by sums that float32 holds exactly; so do TF32 and bfloat16, whose significands hold every int8."""
 
     name, computes_activation = "integers_in_float32", False
+    reach = Reach.ANYWHERE
 
     def supports(self, problem: GemmProblem) -> bool:
         return problem.dtype is torch.int8
@@ -293,12 +306,13 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 def best(problem: GemmProblem) -> Provider:
-    """The cheapest row that supports a problem.
+    """The cheapest row that supports a problem, of those that go as far as what is traced now.
 
     Raises:
         ValueError: none does.
     """
-    able = [provider for provider in PROVIDERS if provider.supports(problem)]
+    least = reach()
+    able = [provider for provider in PROVIDERS if provider.reach >= least and provider.supports(problem)]
     if not able:
         raise ValueError(f"expected a product of floating-point or int8 matrices, got {problem}")
     return min(able, key=lambda provider: provider.cost(problem))

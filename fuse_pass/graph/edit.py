@@ -33,6 +33,7 @@ def copy_graph_module(module: GraphModule) -> GraphModule:
     graph = Graph()
     twins: dict[Node, Node] = {}
     output = graph.graph_copy(module.graph, twins)
+    private.take_calling_convention(graph, module.graph)
     new_output = graph.output(output)
     for node in module.graph.nodes:
         if node.op == "output":

@@ -14,8 +14,8 @@ _UNKNOWN_STRIDE = 8192  # one that depends on data: a number as good as any
 
 
 def value_of(node: Any) -> torch.Tensor | None:
-    """The fake tensor that Dynamo recorded for a node; None for sizes, tuples and constants."""
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    """The fake tensor that Dynamo, or `torch.export`, recorded for a node; None for sizes, tuples and constants."""
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fuse_pass.inductor.loading import when_loaded
+from fuse_pass.inductor.reach import Reach, reach
 
 __all__ = [
     "LEAST_BUDGET",
@@ -78,7 +79,10 @@ def register_decomposition(op: torch._ops.OpOverload, body: Callable[..., Any]) 
 
 def inductor_seed(device: torch.device) -> torch.Tensor:
     """A fresh 63-bit seed (0-d int64) that follows `torch.manual_seed`; Inductor draws all seeds of a graph at once."""
-    if not _is_recorded():
+    if reach() is Reach.ANYWHERE:
+        # Both draws in one, or the first, which nobody reads, would be cut out of a graph.
+        return torch.randint(2**63 - 1, (2,), device=device)[1]
+    if not _may_call_inductor():
         # As where Inductor's op is run: it draws once for the shape of its result, and once more for the result.
         torch.randint(2**63 - 1, (), device=device)
         return torch.randint(2**63 - 1, (), device=device)
@@ -93,15 +97,16 @@ def stored_once(x: torch.Tensor) -> torch.Tensor:
     know it: kept for backward, it would be taken as memory to write to. So either x is computed for certain, or the
     result must be recomputed in backward (`joint.recompute`).
     """
-    if not _is_recorded():
+    if not _may_call_inductor():
         return x
     stored: torch.Tensor = _inductor_prims().inductor_force_stride_order(x, x.stride())
     return stored
 
 
-def _is_recorded() -> bool:
+def _may_call_inductor() -> bool:
+    """Whether what is called now is written into a graph, and one that only Inductor has to understand."""
     # Dynamo, which may look into a function that calls ours, knows the answer to the first question.
-    return torch.compiler.is_compiling() or is_compiling()
+    return (torch.compiler.is_compiling() or is_compiling()) and reach() is not Reach.ANYWHERE
 
 
 def _inductor_prims() -> Any:

@@ -49,6 +49,7 @@ __all__ = [
     "parameters_of",
     "prims",
     "share_source",
+    "take_calling_convention",
     "take_hooks",
     "tree_leaves",
     "tree_map",
@@ -204,6 +205,11 @@ def lazy_graph_module(module: GraphModule, graph: Graph) -> GraphModule:
     """A graph with what a module holds, as Dynamo's own: its code is written when somebody asks for it."""
     with _use_lazy_graph_module(True):
         return _make_graph_module(module, graph)
+
+
+def take_calling_convention(graph: Graph, other: Graph) -> None:
+    """Lets the code of a graph take arguments and give results as that of another does: structures, or flat."""
+    graph.set_codegen(other._codegen)
 
 
 def share_source(original: Node, twin: Node) -> None:

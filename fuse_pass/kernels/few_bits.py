@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fuse_pass.gemm import integers, probe
 from fuse_pass.inductor import compat
+from fuse_pass.inductor.reach import Reach, reach
 from fuse_pass.kernels import build
 
 TILE = 16
@@ -53,10 +54,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, columns: int, inner: int, bits: int) -> Tensor:
     """The codes `[columns, inner]`, uint8, that `pack` packed."""
-    octets = words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.uint8)
+    octets = _octets(words.transpose(1, 2))
     mask = (1 << bits) - 1
     parts = torch.stack([(octets >> (bits * j)) & mask for j in range(8 // bits)], dim=-2)
     return parts.flatten(2).flatten(0, 1)[:columns, :inner]
+
+
+def _octets(words: Tensor) -> Tensor:
+    """`[…, words] → […, words, 4]`, uint8."""
+    if reach() is Reach.HERE:
+        return words.contiguous().unsqueeze(-1).view(torch.uint8)
+    # By arithmetic, the same on every machine; and Inductor of torch 2.11 packages no view of another width.
+    return torch.stack([(words >> (8 * i)) & 0xFF for i in range(4)], dim=-1).to(torch.uint8)
 
 
 def columns_of_inner(words: Tensor, which: Tensor, columns: int) -> Tensor:

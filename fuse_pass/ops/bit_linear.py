@@ -36,6 +36,8 @@ from fuse_pass.numerics.bit_codes import (
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.arguments import Size
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
+from fuse_pass.ops.library import call
+from fuse_pass.ops.products import int8_product
 from fuse_pass.ops.straight_through import straight_through
 
 
@@ -45,7 +47,7 @@ def _integer_product(x_codes: Tensor, codes: Tensor) -> Tensor:
         return product(x_codes.to(torch.int8), codes)
     if codes.shape[1] == 1:  # torch 2.13's int8 product on a CPU reads past a second factor `[1, out]`
         return x_codes.to(torch.int32) * codes.t().to(torch.int32)
-    return torch.ops.fuse_pass.int8_product(x_codes.to(torch.int8), codes)  # type: ignore[no-any-return]
+    return call(int8_product, x_codes.to(torch.int8), codes)  # type: ignore[no-any-return]
 
 
 def _apply_codes(

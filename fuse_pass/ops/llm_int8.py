@@ -34,7 +34,7 @@ from fuse_pass.inductor import private
 from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import cast_for_autocast
+from fuse_pass.ops.library import call, cast_for_autocast
 from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.products import int8_product
 
@@ -152,7 +152,7 @@ class LlmInt8Linear(FusedOp):
         steps, row_scale = quantize_rows(a)
         weight_steps, weight_scale = quantize_rows(self.weight) if self.scale is None else (self.weight, self.scale)
         # In this order nothing overflows that does not overflow in the result.
-        y = int8_product(steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
+        y = call(int8_product, steps, weight_steps).to(a.dtype) * weight_scale * row_scale[:, None]
         if outliers is not None:
             y = y + product(outliers, _float_weight(self.weight, self.scale).to(a.dtype))
         y = y if self.bias is None else y + self.bias

@@ -29,26 +29,45 @@ from fuse_pass.numerics.bit_codes import VARIANTS, activation_codes
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.arguments import Arguments
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import cast_for_autocast, define
+from fuse_pass.ops.library import call, cast_for_autocast, define
 from fuse_pass.ops.llm_int8 import quantize_rows
 from fuse_pass.ops.plain import are_transformed
 
 WEIGHT_ONLY, INT8, LLM_INT8 = "weight_only", "int8", "llm_int8"
 KINDS = (INT8, LLM_INT8, WEIGHT_ONLY, *VARIANTS)
 
+# The integer that code 0 stands for, times -1; b1 has steps of 2.
+_OFFSETS = {INT8: 128, LLM_INT8: 128, "b1.58": 1, "b1": 1}
+
+
+def _integer_product_in_aten(a: Tensor, words: Tensor, columns: int, bits: int) -> Tensor:
+    codes = few_bits.unpack(words, columns, a.shape[1], bits)
+    shift = 128 if bits == 8 else 0  # codes of 8 bits do not fit into int8
+    sums = product(a, (codes.to(torch.int16) - shift).to(torch.int8))
+    return sums + shift * a.sum(1, dtype=torch.int32).unsqueeze(1)
+
+
 integer_product = define(
     "integer_product",
     "(Tensor a, Tensor words, SymInt columns, int bits) -> Tensor",
     body=few_bits.integer_product,
     fake=lambda a, words, columns, bits: a.new_empty((a.shape[0], columns), dtype=torch.int32),
-    decompose=False,
+    in_aten=_integer_product_in_aten,
 )
+
+
+def _float_product_in_aten(
+    x: Tensor, words: Tensor, table: Tensor, scale: Tensor, shift: Tensor | None, columns: int, bits: int
+) -> Tensor:
+    return product(x, few_bits.float_weight(words, table, scale, shift, columns, x.shape[1], bits))
+
+
 float_product = define(
     "float_product",
     "(Tensor x, Tensor words, Tensor table, Tensor scale, Tensor? shift, SymInt columns, int bits) -> Tensor",
     body=few_bits.float_product,
     fake=lambda x, words, table, scale, shift, columns, bits: x.new_empty(x.shape[0], columns),
-    decompose=False,
+    in_aten=_float_product_in_aten,
 )
 
 
@@ -62,16 +81,19 @@ def _outlier_product(outliers: Tensor, words: Tensor, scale: Tensor) -> Tensor:
     return outliers[:, which].mm(weight)
 
 
+def _outlier_product_in_aten(outliers: Tensor, words: Tensor, scale: Tensor) -> Tensor:
+    """The same with all columns: which of them count is not known before the program runs."""
+    codes = few_bits.unpack(words, scale.shape[0], outliers.shape[1], 8)
+    return product(outliers, (codes.to(outliers.dtype) - _OFFSETS[INT8]) * scale.to(outliers.dtype).unsqueeze(1))
+
+
 outlier_product = define(
     "outlier_product",
     "(Tensor outliers, Tensor words, Tensor scale) -> Tensor",
     body=_outlier_product,
     fake=lambda outliers, words, scale: outliers.new_empty(outliers.shape[0], scale.shape[0]),
-    decompose=False,
+    in_aten=_outlier_product_in_aten,
 )
-
-# The integer that code 0 stands for, times -1; b1 has steps of 2.
-_OFFSETS = {INT8: 128, LLM_INT8: 128, "b1.58": 1, "b1": 1}
 
 
 def integer_codes(weight: Tensor, kind: str) -> Tensor:
@@ -124,7 +146,7 @@ class PackedWeight(Arguments):
         if a.device.type != "cpu":  # in the open: Inductor unpacks where it multiplies, or into int8 for a library
             codes = few_bits.unpack(self.words, self.columns, a.shape[1], self.bits)
             return product(a, integers_of(codes, self.kind).to(torch.int8))
-        sums: Tensor = integer_product(a, self.words, self.columns, self.bits)
+        sums: Tensor = call(integer_product, a, self.words, self.columns, self.bits)
         of_rows = a.sum(1, dtype=torch.int32).unsqueeze(1)
         return sums * 2 - of_rows if self.kind == "b1" else sums - _OFFSETS[self.kind] * of_rows
 
@@ -134,7 +156,7 @@ class PackedWeight(Arguments):
             return product(x, self.real(x.shape[1]).to(x.dtype))
         missing = self.words.shape[1] * (32 // self.bits) - x.shape[1]  # of the last group of inputs
         x = F.pad(x, (0, missing)) if missing else x
-        return float_product(x, *self.looked_up(), self.columns, self.bits)  # type: ignore[no-any-return]
+        return call(float_product, x, *self.looked_up(), self.columns, self.bits)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -174,7 +196,7 @@ class PackedDense(FusedOp):
         steps, row_scale = quantize_rows(x)
         # In this order nothing overflows that does not overflow in the result.
         y = weight.integer_sums(steps).to(x.dtype) * weight.scale * row_scale[:, None]
-        return y if outliers is None else y + outlier_product(outliers, weight.words, weight.scale)
+        return y if outliers is None else y + call(outlier_product, outliers, weight.words, weight.scale)
 
     def shapes(self) -> Tensor:
         return self.x.new_empty((*self.x.shape[:-1], self.weight.columns))

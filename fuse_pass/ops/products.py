@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fuse_pass.gemm import packed_weights
-from fuse_pass.gemm.product import gemm_fake, gemm_onednn, product
+from fuse_pass.gemm.product import gemm_aten, gemm_fake, gemm_onednn, product
 from fuse_pass.ops.library import define
 
 
@@ -23,7 +23,7 @@ for _name, _body, _second in (("gemm", gemm_onednn, "b"), ("gemm_prepacked", _ge
         body=_body,
         fake=gemm_fake,
         dispatch_key="CPU",
-        decompose=False,
+        in_aten=gemm_aten,
     )
 
 # `int8 [m, k] @ int8 [n, k].T → int32 [m, n]`, exact.
@@ -32,5 +32,5 @@ int8_product = define(
     "(Tensor a, Tensor b) -> Tensor",
     body=product,
     fake=lambda a, b: a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32),
-    decompose=False,
+    in_aten=product,
 )

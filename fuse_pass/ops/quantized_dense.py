@@ -30,7 +30,7 @@ from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of
 from fuse_pass.ops.arguments import Arguments
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
 from fuse_pass.ops.fused_op import FusedOp, register, under_transforms
-from fuse_pass.ops.library import cast_for_autocast
+from fuse_pass.ops.library import call, cast_for_autocast
 from fuse_pass.ops.packed_dense import StraightThroughGradients, integer_product
 from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.straight_through import clip_gradient
@@ -64,7 +64,7 @@ class IntegerWeight(Arguments):
         """`Σ a (c − z_W)`, int32 `[rows, columns]`, for int8 a."""
         of_rows = a.sum(1, dtype=torch.int32).unsqueeze(1)
         if a.device.type == "cpu":
-            sums: Tensor = integer_product(a, self.words, self.columns, self.bits)
+            sums: Tensor = call(integer_product, a, self.words, self.columns, self.bits)
             return sums - of_rows * self.zero
         # In the open, where Inductor and the device's library see it; codes of 8 bits do not fit into int8.
         shift = 128 if self.bits == 8 else 0
