@@ -59,7 +59,7 @@ def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     if shapes != expected:
         raise CommandError(f"computes something else: results of shapes {shapes}, where {expected} were expected")
     difference, size = (
-        torch.cat([tensor.double().flatten() for tensor in tensors])
+        torch.cat([tensor.detach().double().flatten() for tensor in tensors])
         for tensors in ([ours.double() - theirs for ours, theirs in zip(results, truth, strict=True)], truth)
     )
     return float(difference.norm() / size.norm().clamp_min(torch.finfo(torch.float64).tiny))
