@@ -12,7 +12,7 @@ import torch
 from fuse_pass.bench import command, measure, results, roofline
 from fuse_pass.bench.against import table
 from fuse_pass.bench.against.apart import Apart
-from fuse_pass.bench.against.contender import FLOAT, INT8, Contender
+from fuse_pass.bench.against.contender import FLOAT, INT8, Contender, Task
 from fuse_pass.bench.models import mlp
 from fuse_pass.bench.packed import PackedRow
 from fuse_pass.bench.rows import ROWS
@@ -22,7 +22,7 @@ from fuse_pass.commands.named_models import Example
 from tests.bench.against import fakes
 
 ROOT = Path(__file__).parents[3]
-ROW, TRAINED = "tiny/dense_act_dense/1x32x128/fp32/infer", "tiny/dense_act_dense/1x32x128/fp32/train"
+ROW = "tiny/dense_act_dense/1x32x128/fp32/infer"
 PACKED = PackedRow("numbers/packed/int8/tiny", "int8", lambda: Example(mlp(32, 64), (torch.randn(3, 32),)))
 
 
@@ -40,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     chosen = table.chosen
     monkeypatch.setattr(table, "chosen", lambda names: chosen(names, known))
-    lines = [dataclasses.replace(row, autotune=False) for row in ROWS if row.name in (ROW, TRAINED)]
+    lines = [dataclasses.replace(row, autotune=False) for row in ROWS if row.name == ROW]
     monkeypatch.setattr(command, "LINES", (*lines, PACKED))
 
 
@@ -66,11 +66,14 @@ def test_times_and_errors_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"- broken RuntimeError: no kernel for this: {ROW}" in printed
 
 
-def test_training_is_nobodys(tmp_path: Path) -> None:
-    (found,) = measured(tmp_path, "exact", TRAINED)
-    assert found.absent == {"exact": "is for inference only"}
-    assert found.errors == {}
-    assert "exact" not in found.seconds
+def test_a_row_that_is_nobodys() -> None:
+    def refused() -> Task:
+        raise CommandError("is for inference only")
+
+    settings = measure.Settings("cpu", 1, 0.0, [fakes.contender(fakes.as_it_is)], lambda word: None)
+    found = measure._others(refused, {}, settings)
+    assert found.absent == {"fake": "is for inference only"}
+    assert (found.calls, found.errors, found.apart) == ({}, {}, ())
 
 
 def test_packed_weights(tmp_path: Path) -> None:
