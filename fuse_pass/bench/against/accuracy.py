@@ -66,7 +66,8 @@ def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def check(error: float, task: Task) -> None:
-    """
+    """Holds a contender to the kind of arithmetic that was asked for.
+
     Raises:
         CommandError: no arithmetic of this kind has such an error.
     """

@@ -24,10 +24,12 @@ _LOOKED_AT, _ELSEWHERE = 0.02, 0.1
 
 @dataclass(frozen=True)
 class Entries:
-    """Attributes:
-    calls: of those who take part.
-    errors: relative, against float64.
-    absent: why the others do not, in a line.
+    """By contender.
+
+    Attributes:
+        calls: of those who take part.
+        errors: relative, of their results against those in float64.
+        absent: why the others do not, in a line.
     """
 
     calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
@@ -75,7 +77,8 @@ def _entry(contender: Contender, task: Task, truth: Sequence[Tensor]) -> tuple[C
 
 
 def _check_threads(call: Callable[[], Any]) -> None:
-    """
+    """Holds a contender to the calling thread.
+
     Raises:
         CommandError: a part is computed by other threads than the calling one.
     """
