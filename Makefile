@@ -52,9 +52,11 @@ lint: $(VENV)/dev
 bench: $(VENV)/demo
 	$(RUN) fuse_pass bench
 
-# docs/benchmarks.md shows the committed run: after `python -m fuse_pass bench all --json benchmarks.json`.
+# docs/benchmarks.md shows the committed runs, one per processor (and what else was different), oldest first:
+# after `python -m fuse_pass bench all --json benchmarks/<processor>.json`.
+RUNS := benchmarks/amd-epyc-avx512.json benchmarks/intel-xeon-amx.json
 figures: $(VENV)/demo
-	$(RUN) fuse_pass bench --from benchmarks.json --readme docs/benchmarks.md
+	$(RUN) fuse_pass bench --from $(RUNS) --readme docs/benchmarks.md
 
 docs: $(VENV)/docs
 	PYTHONPATH='$(CURDIR)' $(BIN)/mkdocs build --strict --site-dir build/docs

@@ -27,7 +27,7 @@ def test_the_code_of_a_page_runs(page: str, least: int, tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_rows_of_the_committed_run() -> None:
-    measured = {result.name: result for result in read(ROOT / "benchmarks.json").results}
+    measured = {result.name: result for result in read(ROOT / "benchmarks" / "amd-epyc-avx512.json").results}
     rows = re.findall(r"^\| `([\w-]+/[\w/-]+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.M)
     assert len(rows) >= 6
     for name, cells in rows:

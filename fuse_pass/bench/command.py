@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
-from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import TypeAlias
 
 import torch
 from tabulate import tabulate_formats
 
-from fuse_pass.bench import numbers, pass_time, plot, results, roofline, tables
-from fuse_pass.bench.contenders import contenders, warm_up
+from fuse_pass.bench import measure, numbers, page, pass_time, plot, results, roofline
+from fuse_pass.bench.against import table
+from fuse_pass.bench.contenders import warm_up
 from fuse_pass.bench.numbers import Cost
-from fuse_pass.bench.results import EAGER, OURS, STOCK, Result, Run
+from fuse_pass.bench.packed import PACKED_ROWS, PackedRow
+from fuse_pass.bench.results import Result, Run
 from fuse_pass.bench.rows import ROWS, Row, rows_of
 from fuse_pass.commands import timing
 from fuse_pass.commands.arguments import DEFAULT_ROWS, GROUPS
@@ -21,20 +24,22 @@ from fuse_pass.commands.errors import CommandError
 from fuse_pass.commands.named_models import reference_models
 
 COSTS = (*numbers.COSTS, *pass_time.COSTS)
+_Line: TypeAlias = Row | PackedRow | Cost
+LINES: tuple[_Line, ...] = (*ROWS, *PACKED_ROWS, *COSTS)
 _COPIED_BYTES = 1 << 28
 
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
     if options.source is not None:
-        _show(results.read(options.source), options)
+        _show([results.read(file) for file in options.source], options)
         return
-    rows, costs = _selected(options)
+    lines = _selected(options)
     if options.list:
-        print("\n".join([row.name for row in rows] + [cost.name for cost in costs]))
+        print("\n".join(line.name for line in lines))
         return
     with timing.threads(options.threads):
-        _show(_measured(rows, costs, options), options)
+        _show([_measured(lines, options)], options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -51,55 +56,56 @@ def _check(options: argparse.Namespace) -> None:
             raise CommandError(f"{name}: expected a file in a folder that exists, got {file}; create the folder first")
     if options.plot is not None:
         plot.require(options.plot)
+        if len(options.source or ()) > 1:
+            raise CommandError(f"--plot: expected one run to draw, got {len(options.source)} by --from")
     if options.readme is not None:
-        tables.require(options.readme)
+        page.require(options.readme)
+    if options.against is not None:
+        if options.device != "cpu":
+            raise CommandError(f"--against: expected --device cpu, where contenders run; got {options.device}")
+        table.chosen(options.against)
 
 
-def _selected(options: argparse.Namespace) -> tuple[list[Row], list[Cost]]:
+def _selected(options: argparse.Namespace) -> list[_Line]:
     own = list(rows_of(options.model)) if options.model else []
     wanted = options.rows or ([] if own else DEFAULT_ROWS)
     globs = [glob for word in wanted for glob in GROUPS.get(word, (word,))]
-    names = [row.name for row in ROWS] + [cost.name for cost in COSTS]
+    names = [line.name for line in LINES]
     for glob in globs:
         if not fnmatch.filter(names, glob):
             raise CommandError(
                 f"expected a row, a glob or one of the groups {', '.join(GROUPS)}; got {glob!r}, which no row matches; "
                 "bench --list all shows every row"
             )
-
-    def is_wanted(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-    rows = [row for row in ROWS if is_wanted(row.name)]
-    costs = [cost for cost in COSTS if is_wanted(cost.name)]
-    if any(row.is_reference for row in rows) or any(cost.is_reference for cost in costs):
+    lines = [line for line in LINES if any(fnmatch.fnmatchcase(line.name, glob) for glob in globs)]
+    if any(line.is_reference for line in lines):
         reference_models()  # says at once that they are not here
-    for cost in costs:
-        if not cost.is_available:
-            _say(f"{cost.name} is left out: it needs {cost.needs} (pip install {cost.needs})\n")
-    return own + rows, [cost for cost in costs if cost.is_available]
+    missing = {line.name: [module for module in line.needs if find_spec(module) is None] for line in lines}
+    for name, modules in missing.items():
+        if modules:
+            _say(f"{name} is left out: it needs {' and '.join(modules)} (pip install {' '.join(modules)})\n")
+    return own + [line for line in lines if not missing[line.name]]
 
 
-def _measured(rows: list[Row], costs: list[Cost], options: argparse.Namespace) -> Run:
+def _measured(lines: list[_Line], options: argparse.Namespace) -> Run:
     _say("warming up: the first compilation in a process takes longer …\n")
     warm_up(options.device)
+    rows = [line for line in lines if isinstance(line, Row)]
     with timing.pinned(options.threads):
         rates = roofline.product_rates((row.product_dtype for row in rows), options.device)
         copy_rate = roofline.copy_rate(_COPIED_BYTES, options.device)
-    names = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}
-    result = Run(timing.machine(options.device, options.threads), names, copy_rate, [])
-    measure: list[tuple[str, Callable[[], Result]]] = [
-        *((row.name, lambda row=row: _compared(row, rates[row.product_dtype], options)) for row in rows),
-        *((cost.name, lambda cost=cost: _priced(cost, options)) for cost in costs),
-    ]
-    for number, (name, one) in enumerate(measure, 1):
-        _say(f"[{number}/{len(measure)}] {name}: ")
+    named = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}
+    result = Run(_machine(options), named, copy_rate, [])
+    against = table.chosen(options.against) if options.against is not None else ()
+    settings = measure.Settings(options.device, options.threads, options.seconds, against, _say)
+    for number, line in enumerate(lines, 1):
+        _say(f"[{number}/{len(lines)}] {line.name}: ")
         torch.compiler.reset()
         torch.manual_seed(0)
         try:
-            result.results.append(one())
+            result.results.append(_one(line, rates, settings))
         except CommandError as error:
-            if number == len(measure) and not result.results:
+            if number == len(lines) and not result.results:
                 raise
             _say(f"left out: {error}\n")
         if options.json is not None:  # after every row, so that an interrupted run leaves what it has
@@ -107,48 +113,26 @@ def _measured(rows: list[Row], costs: list[Cost], options: argparse.Namespace) -
     return result
 
 
-def _compared(row: Row, rate: float, options: argparse.Namespace) -> Result:
-    found = contenders(row, options.device, lambda word: _say(f"{word}, "))
-    eager = found.steps[EAGER]
-    with timing.pinned(options.threads):
-        limit = roofline.limit(eager, rate, options.device)
-        samples = timing.alternate(found.steps, options.seconds)
-    result = Result(
-        row.name,
-        row.train,
-        **results.timed(samples),
-        limit_seconds=limit.seconds if limit.is_meaningful else None,
-        limited_by=limit.by if limit.is_meaningful else None,
-        saved_bytes={name: step.saved_bytes() for name, step in found.steps.items()} if row.train else {},
-        first_call_seconds=found.first_call_seconds,
-        fused=dict(found.report.counts()),
-        declined=len(found.report.declines),
-    )
-    _say(f"{result.time_by_ours[STOCK]:.2f}× torch.compile\n")
-    return result
+def _machine(options: argparse.Namespace) -> dict[str, str]:
+    machine = timing.machine(options.device, options.threads)
+    return machine if options.note is None else machine | {"note": options.note}
 
 
-def _priced(cost: Cost, options: argparse.Namespace) -> Result:
-    ours, baseline = cost.build(options.device)
-    calls: Mapping[str, Callable[[], object]] = {OURS: ours, cost.baseline: baseline}
-    for call in calls.values():
-        call()
-    with timing.pinned(options.threads):
-        samples = timing.alternate(calls, options.seconds, cost.rounds)
-    result = Result(cost.name, train=False, **results.timed(samples))
-    _say(f"takes {1 / result.time_by_ours[cost.baseline]:.2f}× {cost.baseline}\n")
-    return result
+def _one(line: _Line, rates: dict[torch.dtype, float], settings: measure.Settings) -> Result:
+    if isinstance(line, Row):
+        return measure.compared(line, rates[line.product_dtype], settings)
+    return measure.packed(line, settings) if isinstance(line, PackedRow) else measure.priced(line, settings)
 
 
-def _show(result: Run, options: argparse.Namespace) -> None:
-    for row in result.results:
+def _show(runs: list[Run], options: argparse.Namespace) -> None:
+    for row in (row for run in runs for row in run.results):
         if options.model is not None and row.name.startswith(options.model):
             print(_what_was_fused(row))
-    print(tables.tables(result, options.format))
+    print(page.text(runs, options.format))
     if options.plot is not None:
-        plot.draw(result, options.plot)
+        plot.draw(runs[0], options.plot)
     if options.readme is not None:
-        tables.rewrite(options.readme, result)
+        page.rewrite(options.readme, *runs)
 
 
 def _what_was_fused(result: Result) -> str:

@@ -39,6 +39,19 @@ class BertEncoder(nn.Module):
         return x  # type: ignore[no-any-return]
 
 
+class SentenceEncoder(nn.Module):
+    """A BERT of transformers, as exporters like it: tensors by position, and the hidden state alone."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, tokens: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+        """tokens, mask and segments `[sentences, time]` → `[sentences, time, dim]`."""
+        encoded = self.bert(input_ids=tokens, attention_mask=mask, token_type_ids=segments)
+        return encoded.last_hidden_state  # type: ignore[no-any-return]
+
+
 class GPT2Decoder(nn.Module):
     """The embeddings, blocks and last norm of the reference GPT-2, without the scores of the vocabulary."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fuse_pass.backend import FuseBackend
 from fuse_pass.bench.contenders import Step, own_function, placed
@@ -35,7 +34,7 @@ class Cost:
         name: what is measured.
         baseline: what it is compared with.
         build: the two calls, ours and the baseline.
-        needs: a package without which there is no baseline.
+        needs: modules without which there is no baseline.
         rounds: the fewest to measure.
         is_reference: whether it is made of a reference model, which only a checkout has.
     """
@@ -43,13 +42,9 @@ class Cost:
     name: str
     baseline: str
     build: Callable[[str], tuple[Callable[[], object], Callable[[], object]]]
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
     rounds: int = timing.MIN_ROUNDS
     is_reference: bool = False
-
-    @property
-    def is_available(self) -> bool:
-        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
 
 def _alone(fmt: str, rounding: str = "nearest") -> Cost:
@@ -71,7 +66,7 @@ def _against_pychop() -> Cost:
         theirs = Chop(exp_bits=5, sig_bits=2, rmode=1)
         return lambda: ours(x), lambda: theirs(x)
 
-    return Cost("numbers/fake_quantize/fp8_e5m2/pychop", "pychop", build, needs="pychop")
+    return Cost("numbers/fake_quantize/fp8_e5m2/pychop", "pychop", build, needs=("pychop",))
 
 
 def _training(fmt: str) -> Cost:
@@ -91,17 +86,6 @@ def _training_step(backend: FuseBackend, device: str) -> Step:
     return Step(torch.compile(own_function(example.model), backend=backend), example, row)
 
 
-def _packed(spec: str, rows: int) -> Cost:
-    """An MLP 768 → 3072 → 768 with packed weights, against the same in eager float32."""
-
-    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        model, x = mlp(768, 3072).to(device).eval(), torch.randn(rows, 768, device=device)
-        ours = torch.compile(own_function(pack(model, spec)), backend=FuseBackend())
-        return _without_grad(ours, x), _without_grad(model, x)
-
-    return Cost(f"numbers/packed/{spec}/{rows}", "float32 eager", build)
-
-
 def _packed_from_converted(rows: int) -> Cost:
     """int8 with static scales: what was calibrated, packed, against its simulation, both compiled."""
 
@@ -116,18 +100,6 @@ def _packed_from_converted(rows: int) -> Cost:
         return _without_grad(ours, x), _without_grad(theirs, x)
 
     return Cost(f"numbers/packed/int8_static/{rows}", "its simulation", build)
-
-
-def _packed_against_torch_dynamic(rows: int) -> Cost:
-    """int8 on a CPU, against PyTorch's own dynamic quantisation, whose activations share one scale."""
-
-    def build(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        model, x = mlp(768, 3072).eval(), torch.randn(rows, 768)
-        ours = torch.compile(own_function(pack(model, "int8")), backend=FuseBackend())
-        theirs = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-        return _without_grad(ours, x), _without_grad(theirs, x)
-
-    return Cost(f"numbers/packed/int8/{rows}/torch_dynamic", "torch dynamic int8", build)
 
 
 def _without_grad(call: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
@@ -147,11 +119,5 @@ COSTS = (
     _alone("mxfp4"),
     _against_pychop(),
     _training("fp8_e4m3"),
-    *(
-        _packed(spec, rows)
-        for spec in ("int8", "int8_weight_only", "int4_weight_only", "b1.58")
-        for rows in (1, 16, 512)
-    ),
     *(_packed_from_converted(rows) for rows in (1, 16, 512)),
-    *(_packed_against_torch_dynamic(rows) for rows in (1, 16, 512)),
 )

@@ -43,6 +43,10 @@ class Result:
         first_call_seconds: by compiled contender, from empty caches.
         fused: occurrences by pattern.
         declined: candidates that were left alone.
+        errors: relative, of the results against those in float64, by contender; where others took part (`--against`).
+        absent: why one of those did not, by contender.
+        eager_apart: seconds of eager PyTorch in the process of a contender that has one of its own. `time_by_ours` is
+            then its time by that of eager there, times eager's by ours here.
     """
 
     name: str
@@ -56,6 +60,14 @@ class Result:
     first_call_seconds: dict[str, float] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     declined: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    eager_apart: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def others(self) -> dict[str, float]:
+        """`time_by_ours` of those who took part by `--against`."""
+        return {name: by for name, by in self.time_by_ours.items() if name in self.errors and name != EAGER}
 
     @property
     def best_compiled(self) -> str | None:
@@ -99,12 +111,12 @@ def timed(samples: Mapping[str, list[float]]) -> dict[str, Any]:
     """The fields of a `Result` that samples give."""
     return {
         "rounds": len(samples[OURS]),
-        "seconds": {name: _spread(values) for name, values in samples.items()},
+        "seconds": {name: spread(values) for name, values in samples.items()},
         "time_by_ours": {name: ratio(samples, name, OURS) for name in samples if name != OURS},
     }
 
 
-def _spread(values: list[float]) -> Spread:
+def spread(values: list[float]) -> Spread:
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, lower, upper)
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fuse_pass.bench.models import BertEncoder, DropoutAddNorm, GPT2Decoder, mlp
+from fuse_pass.bench.models import BertEncoder, DropoutAddNorm, GPT2Decoder, SentenceEncoder, mlp
+from fuse_pass.commands import sentence_encoder
 from fuse_pass.commands.named_models import Example, example_of, reference_models
+from fuse_pass.commands.sentences import SENTENCES
 
 _BATCH = 4
 _TIME = 128
@@ -32,6 +34,7 @@ class Row:
         autotune: whether torch.compile with max-autotune takes part in inference; it takes minutes to compile models.
         is_reference: whether it is made of a reference model, which only a checkout has.
         prepack: whether fuse_pass may keep its weights packed, as torch.compile does with freezing.
+        needs: modules without which there is no model.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Row:
     autotune: bool = True
     is_reference: bool = False
     prepack: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -86,10 +90,21 @@ def _gpt2() -> Example:
     return Example(GPT2Decoder(gpt2.build(config)), gpt2.example_inputs(config, _BATCH))
 
 
-def _vit() -> Example:
+def _vit(batch: int = _BATCH) -> Example:
     vit = reference_models().load("vit")
     config = dataclasses.replace(vit.ViTConfig.base_16(), layers=4)
-    return Example(vit.build(config), vit.example_inputs(config, _BATCH))
+    return Example(vit.build(config), vit.example_inputs(config, batch))
+
+
+def minilm(count: int) -> Callable[[], Example]:
+    """all-MiniLM-L6-v2 on so many of the demo's sentences."""
+
+    def build() -> Example:
+        model, tokens = sentence_encoder.load(SENTENCES[:count])
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return Example(SentenceEncoder(model), tuple(tokens[name] for name in names))
+
+    return build
 
 
 def _transformer(name: str, build: Callable[[], Example]) -> tuple[Row, ...]:
@@ -148,6 +163,22 @@ def _tiny() -> tuple[Row, ...]:
     )
 
 
+def _served() -> Iterator[Row]:
+    """What is rather left to a runtime for inference: few rows, one image, sentences."""
+    for (rows, dtype), prepack in itertools.product(
+        ((1, torch.float32), (4, torch.float32), (16, torch.float32), (16, torch.bfloat16)), (False, True)
+    ):
+        yield _dense_act_dense(f"mlp/{rows}", rows, 768, 3072, dtype, False, prepack=prepack)
+    for prepack in (False, True):
+        mode = _mode(train=False, prepack=prepack)
+        for count in (1, 40):
+            yield Row(
+                f"minilm/{count}/fp32/{mode}", minilm(count), False, autotune=False, prepack=prepack,
+                needs=sentence_encoder.NEEDS,
+            )  # fmt: skip
+        yield Row(f"vit_1/fp32/{mode}", lambda: _vit(1), False, autotune=False, is_reference=True, prepack=prepack)
+
+
 # Names of models/, so that the list of rows can be had where that folder is not.
 REFERENCE_MODELS = (
     "bert", "classifier", "convnext", "gpt2", "gru_seq2seq", "llama", "lstm_lm", "mlp_mixer", "resnet", "t5", "vit",
@@ -160,6 +191,7 @@ ROWS: tuple[Row, ...] = (
     *_transformer("gpt2", _gpt2),
     *_transformer("vit", _vit),
     *_few_tokens(),
+    *_served(),
     *_tiny(),
     *(row for name in REFERENCE_MODELS for row in _reference(name, 8, "models")),
 )

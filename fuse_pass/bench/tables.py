@@ -1,17 +1,15 @@
-"""The tables of a run, for the terminal and for the README."""
+"""The tables of a run."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tabulate import tabulate
 
+from fuse_pass.bench import others
+from fuse_pass.bench.others import milliseconds
 from fuse_pass.bench.results import EAGER, OURS, STOCK, Result, Run
 from fuse_pass.bench.targets import VS_STOCK, Outcome, outcomes
 from fuse_pass.commands import timing
-from fuse_pass.commands.errors import CommandError
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _NOTHING = "–"
 LEGEND = """\
 Milliseconds are medians over rounds in which every contender ran once (train: forward and backward); × is how many
@@ -30,7 +28,8 @@ def tables(run: Run, table_format: str) -> str:
         parts += [_speed_table(speeds, table_format), LEGEND]
     if costs:
         parts.append(_cost_table(costs, table_format))
-    judged = list(outcomes(run.results))
+    parts += others.tables(run.results, table_format)
+    judged = list(outcomes(run.results, run.machine["instructions"]))
     if judged:
         parts.append(_target_table(judged, table_format))
     return "\n\n".join([*parts, f"Measured on {timing.described(run.machine)}; {_rates(run)}."])
@@ -57,19 +56,14 @@ def _speed_row(result: Result) -> list[str]:
     share = result.share_of_limit
     return [
         result.name,
-        *(_milliseconds(result, name) for name in (EAGER, STOCK)),
-        _NOTHING if best == STOCK else f"{_milliseconds(result, best)} {best}",
-        _milliseconds(result, OURS),
+        *(milliseconds(result, name) for name in (EAGER, STOCK)),
+        _NOTHING if best == STOCK else f"{milliseconds(result, best)} {best}",
+        milliseconds(result, OURS),
         *(f"{result.time_by_ours[name]:.2f}×" for name in (EAGER, STOCK, best)),
         _NOTHING if share is None else f"{share:.0%}",
         _pair(result.saved_bytes, EAGER, 1e6, 2),
         _pair(result.first_call_seconds, STOCK, 1, 1),
     ]
-
-
-def _milliseconds(result: Result, name: str) -> str:
-    value = result.seconds[name].median * 1e3
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _pair(values: dict[str, int] | dict[str, float], other: str, unit: float, digits: int) -> str:
@@ -82,9 +76,9 @@ def _cost_table(results: list[Result], table_format: str) -> str:
     rows = [
         [
             result.name,
-            _milliseconds(result, OURS),
+            milliseconds(result, OURS),
             result.baseline,
-            _milliseconds(result, result.baseline),
+            milliseconds(result, result.baseline),
             f"{1 / result.time_by_ours[result.baseline]:.2f}×",
         ]
         for result in results
@@ -120,43 +114,3 @@ def _verdict(outcome: Outcome) -> str:
     if possible < outcome.target.bound:
         return f"beyond the limit, which allows {possible:.2f} ({share:.0%} of it reached)"
     return f"not reached; {share:.0%} of the limit"
-
-
-def with_section(readme: str, run: Run) -> str:
-    """The text of a README with a run between its two markers.
-
-    Raises:
-        CommandError: the markers are not there, once and in order.
-    """
-    before, after = _around(readme)
-    return f"{before}{BEGIN}\n\n{tables(run, 'github')}\n\n{END}{after}"
-
-
-def require(readme: Path) -> None:
-    """Checks that a README has a place for a run.
-
-    Raises:
-        CommandError: it cannot be read, or the markers are not there.
-    """
-    _around(_text(readme))
-
-
-def _around(readme: str) -> tuple[str, str]:
-    """What stands before and after the markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise CommandError(f"expected one line {BEGIN} and below it one line {END}; put them where the figures belong")
-    return before, after
-
-
-def rewrite(readme: Path, run: Run) -> None:
-    """Puts a run into a README file."""
-    readme.write_text(with_section(_text(readme), run))
-
-
-def _text(readme: Path) -> str:
-    try:
-        return readme.read_text()
-    except OSError as error:
-        raise CommandError(f"cannot read {readme}: {error.strerror}") from error

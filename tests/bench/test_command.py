@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuse_pass.bench import command, results, roofline, tables
+from fuse_pass.bench import command, page, results, roofline
 from fuse_pass.bench.rows import rows_of
 from fuse_pass.cli import main
 from tests.bench import sample
@@ -67,6 +67,9 @@ def test_rows_by_name_glob_and_group(capsys: pytest.CaptureFixture[str]) -> None
         (["--plot", "chart.pdf"], "--plot: expected a file name that ends in .png"),
         (["--readme", "LICENSE"], "expected one line <!-- bench:begin --> and below it one line <!-- bench:end -->"),
         (["--from", "absent.json"], "cannot read absent.json"),
+        (["--from", "a.json", "b.json", "--plot", "chart.png"], "--plot: expected one run to draw, got 2 by --from"),
+        (["--against", "mine"], "--against: expected names among onnxruntime,openvino,zentorch,torchao,torch_dynamic,"),
+        (["--against", "torch_dynamic,"], "separated by commas; got ''"),
         (["--model", "bert"], "expected package.module:function, got 'bert'"),
         (["--model", "absent:build"], "cannot load 'absent:build'"),
     ],
@@ -170,17 +173,17 @@ def test_reference_models_are_asked_for_before_measuring(
 def test_a_run_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, readme = tmp_path / "run.json", tmp_path / "README.md"
     results.write(sample.run(), file)
-    readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    readme.write_text(f"{page.BEGIN}\n{page.END}\n")
     assert main(["bench", "--from", str(file), "--readme", str(readme), "--format", "github"]) == 0
     printed = capsys.readouterr().out
-    assert printed == tables.tables(results.read(file), "github") + "\n"
+    assert printed == page.text([results.read(file)], "github") + "\n"
     assert printed in readme.read_text()
 
 
 def test_a_cost_without_its_baseline_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert main(["bench", "--list", "numbers"]) == 0
     printed = capsys.readouterr()
     assert "pychop" not in printed.out

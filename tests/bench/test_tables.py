@@ -1,17 +1,10 @@
-"""The tables that a run gives, and the README's section made of them."""
+"""The tables that a run gives."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from fuse_pass.bench.results import Run, read
-from fuse_pass.bench.tables import BEGIN, END, require, rewrite, tables, with_section
-from fuse_pass.commands.errors import CommandError
+from fuse_pass.bench.results import Run
+from fuse_pass.bench.tables import tables
 from tests.bench import sample
-
-ROOT = Path(__file__).parents[2]
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -63,39 +56,3 @@ def test_only_what_was_measured_is_shown() -> None:
     costs = tables(Run(run.machine, {}, run.copy_rate, run.results[3:]), "simple")
     assert "takes" in costs
     assert "first call" not in costs
-
-
-def test_section_between_markers() -> None:
-    run = sample.run()
-    text = f"before\n{BEGIN}\nold figures\n{END}\nafter\n"
-    replaced = with_section(text, run)
-    assert replaced == f"before\n{BEGIN}\n\n{tables(run, 'github')}\n\n{END}\nafter\n"
-    assert with_section(replaced, run) == replaced
-
-
-@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"])
-def test_markers_are_needed_once_and_in_order(text: str) -> None:
-    with pytest.raises(CommandError, match="expected one line <!-- bench:begin -->"):
-        with_section(text, sample.run())
-
-
-def test_readme_file(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    for check in (lambda: require(readme), lambda: rewrite(readme, sample.run())):
-        with pytest.raises(CommandError, match="cannot read"):
-            check()
-    readme.write_text(f"{BEGIN}\n")
-    with pytest.raises(CommandError, match="expected one line"):
-        require(readme)
-    readme.write_text(f"{BEGIN}\n{END}\n")
-    require(readme)
-    rewrite(readme, sample.run())
-    assert "tiny/bert/infer" in readme.read_text()
-
-
-def test_the_page_shows_the_committed_run() -> None:
-    """`make figures` was run after the figures changed; and there are no figures that the page does not show."""
-    page, committed = (ROOT / "docs" / "benchmarks.md").read_text(), ROOT / "benchmarks.json"
-    assert (BEGIN in page) == committed.exists()
-    if committed.exists():
-        assert with_section(page, read(committed)) == page

@@ -8,7 +8,6 @@ import pytest
 
 from fuse_pass.bench import command, targets
 from fuse_pass.bench.results import Result
-from fuse_pass.bench.rows import ROWS
 from fuse_pass.bench.targets import FIGURES, TARGETS, Outcome, Target, outcomes
 from tests.bench import sample
 
@@ -57,7 +56,7 @@ def test_the_limit_says_what_is_possible() -> None:
 
 
 def test_every_target_is_about_rows_that_exist() -> None:
-    names = [row.name for row in ROWS] + [cost.name for cost in command.COSTS]
+    names = [line.name for line in command.LINES]
     for target in TARGETS:
         assert target.figure in FIGURES
         assert fnmatch.filter(names, target.rows), target.rows

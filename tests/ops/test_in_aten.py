@@ -109,6 +109,12 @@ def low_precision() -> None:
     weight = (codes(8, 24, 37), torch.rand(24), zero, sums, 8, 24)
     how = (-128, 127, "nearest", True)
     ops.quantized_dense(x.clone().requires_grad_(), torch.tensor(0.1), None, *weight, bias, *how).sum().backward()
+    image, windows = floats(2, 4, 7, 6), ([3, 2], [2, 1], [1, 0, 1, 1], [1, 2])
+    for groups, inner in ((1, 24), (2, 12)):
+        of_conv = (codes(8, 6, inner), torch.rand(6), zero[:6], sums[:6], 8, 6)
+        ops.quantized_conv2d(
+            image, torch.tensor(0.1), None, *of_conv, floats(6), *how, *windows, groups
+        ).sum().backward()
     for threshold in (0.0, 6.0):
         ops.llm_int8_linear(x.clone().requires_grad_(), floats(24, 37), None, bias, threshold, "gelu").sum().backward()
     for variant in ("b1", "b1.58"):
