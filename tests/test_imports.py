@@ -29,6 +29,7 @@ ROOMS = (
     "backend",
     "api",
     "analysis",
+    "integrations",  # what other libraries are told of us
     "testing",  # the fuzzer
     "commands",
     "bench",  # measurements

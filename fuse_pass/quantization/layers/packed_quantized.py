@@ -20,7 +20,7 @@ from fuse_pass.quantization.functional import quantize_at, quantizer_at
 from fuse_pass.quantization.layers.base import quantize_gradient
 from fuse_pass.quantization.layers.linear import QuantizedLinear
 from fuse_pass.quantization.layers.packed import PackedLinearLayer
-from fuse_pass.quantization.packing import TABLES, require_finite
+from fuse_pass.quantization.packing import require_finite
 from fuse_pass.quantization.quantizers import Quantizer
 
 _ROWS = (Granularity("tensor"), Granularity("token"), Granularity("channel", axis=0), Granularity("channel", axis=-2))
@@ -48,7 +48,6 @@ class PackedQuantizedLinear(PackedLinearLayer):
     input_zero_point: Tensor | None
     output_scale: Tensor | None
     output_zero_point: Tensor | None
-    table: Tensor | None
 
     def __init__(self, layer: QuantizedLinear) -> None:
         problem = problem_of(layer)
@@ -60,8 +59,7 @@ class PackedQuantizedLinear(PackedLinearLayer):
         self.spec = spec
         self._bits = weight.bits
         is_looked_up = spec.input is None and weight.bits == 4
-        table = torch.tensor(TABLES["int4"], dtype=torch.float32, device=weight.words.device) if is_looked_up else None
-        self.register_buffer("table", table, persistent=False)
+        self._register_table("int4" if is_looked_up else "")
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("sums", weight.sums)
