@@ -49,6 +49,7 @@ if __name__ == "__main__":
         with fuse_pass.collect() as report:
             compiled = train(model)
         difference = max(abs(one - other) for one, other in zip(eager, compiled, strict=True))
-        print(f"{name}: fused {dict(report.counts())}; losses {compiled}, within {difference:.0e} of eager's")
+        shown = ", ".join(f"{loss:.5f}" for loss in compiled)
+        print(f"{name}: fused {dict(report.counts())}; losses {shown}, within {difference:.0e} of eager's")
         assert report.counts()["dense_act_dense"] == 2  # the feed-forward block, and the pooler with the classifier
         assert difference < 1e-5

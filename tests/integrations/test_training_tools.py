@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fuse_pass
+from fuse_pass.nn import QuantizedLinear
 from tests.integrations.tiny import llama, logits, tokens
 
 pytestmark = pytest.mark.integration
@@ -78,6 +80,33 @@ def test_accelerate(works_with: Callable[..., None]) -> None:
     report, agreement = compared(eager, stepper(model))
     assert report.counts()["dense_act_dense"] == 1
     works_with("accelerate", "`Accelerator.prepare` of a model that was compiled in place", shown(report), agreement)
+
+
+def test_trainer_takes_what_can_be_trained(tmp_path: Path, works_with: Callable[..., None]) -> None:
+    """Of models that were loaded quantised: fake quantisation trains in full, packed weights only beside adapters."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    from fuse_pass.integrations.transformers import FusePassConfig
+
+    llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    options = {"max_steps": 2, "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path / "run"), disable_tqdm=True, learning_rate=0.01, **options)
+    rows = [{"input_ids": row, "labels": row} for row in tokens()]
+
+    def loaded(config: FusePassConfig) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+    model = loaded(FusePassConfig(convert="fp8_e4m3"))
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found[1] < found[0]
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        transformers.Trainer(loaded(FusePassConfig("int8")), arguments, train_dataset=rows)
+    layers = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    ran = "Trainer, of a model that was loaded in fp8"
+    works_with("transformers", ran, f"{layers} layers in fp8", "not compared; the loss falls")
 
 
 def test_fabric(works_with: Callable[..., None]) -> None:
