@@ -17,6 +17,7 @@ gives the float model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class FusePassQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self._is_described:
             return
-        rebuild(model, self.quantization_config.layers or [], lambda name: _name_in(model, name))
+        rebuild(model, self.quantization_config.layers or [], _finder(model))
         expect_guards(model)
         _forget_broken_ties(model)
 
@@ -167,11 +168,15 @@ def _are_there(model: nn.Module, *names: str) -> bool:
     return all(name in parameters for name in names)
 
 
-def _name_in(model: Any, name: str) -> str | None:
+def _finder(model: Any) -> Callable[[str], str | None]:
     """A layer's name in a model with another head, or without one; None for a layer of a head that is not there."""
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    return next((found for found in (name, name.removeprefix(prefix), prefix + name) if found in names), None)
+
+    def found(name: str) -> str | None:
+        return next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in names), None)
+
+    return found
 
 
 swapping.LISTENERS.append(_follow)

@@ -34,8 +34,9 @@ class FusePassConfig(QuantizationConfigMixin):
         pack: a `PackSpec` or its name, as of `fuse_pass.pack`.
         convert: a `QuantSpec`, a format, its name, or "llm_int8", as of `fuse_pass.convert`; instead of `pack`.
         include: name patterns of the layers that are meant, by default all.
-        exclude: name patterns of the layers that stay as they are. By default those that transformers' own quantizers
-            leave: the output layer, and embeddings that share their weight with it; `()` leaves none.
+        exclude: name patterns of the layers that stay as they are. Without `include` and `exclude` those that
+            transformers' own quantizers leave: the output layer, and embeddings that share their weight with it.
+            `exclude=()` leaves none.
         layers: what `describe` says of a model that was quantised before; written by `save_pretrained`.
         version: of this config.
 
@@ -117,8 +118,8 @@ class FusePassConfig(QuantizationConfigMixin):
         return cls(layers=layers)
 
     def apply_to(self, model: nn.Module, left_out: Names) -> None:
-        """Packs or converts a float model in place."""
-        exclude = left_out if self.exclude is None else self.exclude
+        """Packs or converts a float model in place; all but `left_out` where the config names no layers."""
+        exclude = left_out if self.include is None and self.exclude is None else self.exclude
         if self.pack is not None:
             pack(model, self.pack, include=self.include, exclude=exclude, inplace=True)
         else:

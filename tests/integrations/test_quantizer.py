@@ -135,6 +135,7 @@ WISHES: dict[str, tuple[dict[str, Any], Callable[[Any], nn.Module]]] = {
         {"pack": PackSpec("int4_weight_only", group=32), "include": "*mlp*"},
         lambda model: pack(model, PackSpec("int4_weight_only", group=32), include="*mlp*"),
     ),
+    "the head alone": ({"pack": "nf4", "include": "lm_head"}, lambda model: pack(model, "nf4", include="lm_head")),
     "converted": ({"convert": "fp8_e4m3"}, lambda model: convert(model, "fp8_e4m3", exclude=KEPT)),
     "by a QuantSpec": (
         {"convert": QuantSpec(weight="int8")},
@@ -320,6 +321,7 @@ def test_a_model_on_meta_is_not_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.integration
 def test_without_transformers_the_import_says_what_to_install() -> None:
     result = python("import sys; sys.modules['transformers'] = None; import fuse_pass.integrations.transformers", False)
     assert "needs transformers 5 or newer: pip install 'fuse_pass[transformers]'" in result.stderr
