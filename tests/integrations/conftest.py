@@ -32,7 +32,9 @@ def works_with(record_property: Callable[[str, object], None]) -> Callable[..., 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not terminalreporter.config.getoption(_OPTION, default=False):  # unknown where tests are found later
+    config = terminalreporter.config
+    is_part = hasattr(config, "workerinput")  # of pytest-xdist: a process that ran some of the tests
+    if is_part or not config.getoption(_OPTION, default=False):  # the option is unknown where this is found later
         return
     faults = terminalreporter.stats.get("failed", []) + terminalreporter.stats.get("error", [])
     if faults:
