@@ -22,7 +22,7 @@ RUN := PYTHONPATH='$(CURDIR)' $(BIN)/python -m
 OTHER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CPP_MARCH=haswell \
     TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/other-cpu-cache
 
-.PHONY: demo test test-other-cpu slow forms environment lint bench figures docs clean
+.PHONY: demo test test-other-cpu test-integrations slow forms environment lint bench figures docs clean
 
 demo: $(VENV)/demo
 	$(RUN) fuse_pass demo
@@ -34,6 +34,10 @@ test: $(VENV)/test
 # The tests that depend on what the processor offers, once more on the other kind.
 test-other-cpu: $(VENV)/test
 	$(OTHER_CPU) OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet -m 'processor and not slow'
+
+# Other people's tools, which this installs; writes docs/works-with.md.
+test-integrations: $(VENV)/integrations
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet -m 'not slow' tests/integrations --write-works-with
 
 slow: $(VENV)/test
 	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --quiet -m slow
@@ -77,6 +81,10 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 
 $(VENV)/test: $(VENV)/python pyproject.toml
 	$(PIP) --editable '.[hf,test]' $(DETACH)
+	touch $@
+
+$(VENV)/integrations: $(VENV)/python pyproject.toml
+	$(PIP) --editable '.[integrations,test]' $(DETACH)
 	touch $@
 
 $(VENV)/dev: $(VENV)/python pyproject.toml

@@ -32,6 +32,7 @@ ROOMS = (
     "api",
     "analysis",
     "export",
+    "integrations",  # what other libraries are told of us
     "testing",  # the fuzzer
     "commands",
     "bench",  # measurements

@@ -74,9 +74,8 @@ def convert(
     model = model if inplace else copy.deepcopy(model)
     report = Report()
     converted = swapping.swapped(model, lambda module, name: _swapped(module, name, chosen, report))
-    swapping.guard_fast_paths(converted, (QuantizedLayer, Int8Linear, PackedModule))
     publish(report)
-    return converted
+    return swapping.finish(converted, (QuantizedLayer, Int8Linear, PackedModule))
 
 
 def _swapped(module: nn.Module, name: str, chosen: _Choice, report: Report) -> nn.Module:

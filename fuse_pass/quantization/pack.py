@@ -86,9 +86,8 @@ def pack(
         return new
 
     result = swapping.swapped(model if inplace else copy.deepcopy(model), swap)
-    swapping.guard_fast_paths(result, _GUARDED)
     publish(report)
-    return result
+    return swapping.finish(result, _GUARDED)
 
 
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -113,8 +112,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return module.to_float() if isinstance(module, PackedModule) else module
 
     result = swapping.swapped(model if inplace else copy.deepcopy(model), swap)
-    swapping.guard_fast_paths(result, _GUARDED)
-    return result
+    return swapping.finish(result, _GUARDED)
 
 
 _Decline = tuple[Reason, str]

@@ -9,6 +9,8 @@ from torch import nn
 from fuse_pass.inductor import private
 
 Swap = Callable[[nn.Module, str], nn.Module]
+# What else is to know of a model whose layers were swapped: an integration that saves it.
+LISTENERS: list[Callable[[nn.Module], None]] = []
 # What PyTorch asks before it runs an encoder as one call on the bare weights of its layers.
 _FAST_PATH_FLAGS = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
@@ -38,6 +40,14 @@ def _swapped(module: nn.Module, name: str, swap: Swap, twins: dict[int, nn.Modul
             path = f"{name}.{child_name}" if name else child_name
             private.children_of(module)[child_name] = _swapped(child, path, swap, twins)
     return module
+
+
+def finish(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Tells a model of the layers of these kinds that are inside now, or no longer: its fast paths, and who listens."""
+    guard_fast_paths(model, kinds)
+    for listener in LISTENERS:
+        listener(model)
+    return model
 
 
 def guard_fast_paths(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

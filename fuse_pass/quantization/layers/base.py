@@ -28,6 +28,7 @@ from fuse_pass.numerics.formats import FloatFormat, Format
 from fuse_pass.numerics.spec import SITES, QuantSpec, Site, spec_of
 from fuse_pass.quantization.functional import quantize_at
 from fuse_pass.quantization.observers import MeanMagnitude
+from fuse_pass.quantization.saving import warn_if_not_described
 
 _SCALE_NAMES = tuple((site, f"{site}_scale", f"{site}_zero_point") for site in SITES)
 
@@ -107,6 +108,10 @@ class QuantizedLayer(nn.Module):
         observer = MeanMagnitude(site.granularity)
         observer.observe(weight)
         self.set_scale("weight", *observer.scale_and_zero_point(site.format))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        warn_if_not_described(self)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for site, scale_name, zero_name in _SCALE_NAMES:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fuse_pass.gemm.integers import QMAX
 from fuse_pass.ops.llm_int8 import checked_threshold, llm_int8_linear, quantize_rows
+from fuse_pass.quantization.saving import warn_if_not_described
 
 
 class HasInt8Weights(nn.Module):
@@ -123,6 +124,10 @@ class Int8Linear(nn.Linear):
         if scale is not None and self.weight_scale is not None and self.weight_scale.dtype is not torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        warn_if_not_described(self)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fuse_pass.inductor import private
 from fuse_pass.ops.packed_dense import PackedWeight, packed_dense
 from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
+from fuse_pass.quantization.saving import warn_if_not_described
 
 
 class PackedModule(nn.Module):
@@ -76,6 +77,7 @@ class PackedLayer(PackedModule):
     words: Tensor
     scale: Tensor
     packed_format: Tensor
+    table: Tensor | None
 
     def __init__(self, content: bytes, words: Tensor) -> None:
         super().__init__()
@@ -88,9 +90,45 @@ class PackedLayer(PackedModule):
         """What the codes stand for, in the shape of the weight."""
         raise NotImplementedError
 
+    def finish_loading(self) -> None:
+        """For loaders that set buffers one by one, past `load_state_dict`: its check, and what no state dict holds.
+
+        Raises:
+            ValueError: codes of another format, or none that were loaded.
+        """
+        if self.packed_format.is_meta:
+            raise ValueError("packed_format: expected the codes of a packed layer, got none")
+        problem = self._problem_of(self.packed_format)
+        if problem:
+            raise ValueError(problem)
+        self._fill_table()
+
     def _described(self, content: bytes) -> object:
         """What the bytes of `packed_format` say, for messages; ValueError where they say nothing."""
         raise NotImplementedError
+
+    def _problem_of(self, packed_format: Tensor) -> str:
+        """Why these bytes are not the ones that this layer has; empty if they are."""
+        try:
+            found = self._described(bytes(packed_format.cpu().tolist()))
+            expected = self._described(self._content)
+        except ValueError as error:
+            return str(error)
+        return (
+            "" if found == expected else f"packed_format: expected {expected}, got {found}; pack the model by that spec"
+        )
+
+    def _register_table(self, name: str) -> None:
+        """The values of the codes by their name in `TABLES`; none for an empty name."""
+        self._table_name = name
+        self.register_buffer("table", None, persistent=False)
+        self._fill_table()
+
+    def _fill_table(self) -> None:
+        """Also after it lost its memory, as by `to_empty`."""
+        if self._table_name:
+            values = TABLES[self._table_name]
+            self.table = torch.tensor(values, dtype=torch.float32, device="cpu").to(self.words.device)
 
     @property
     def nbytes(self) -> int:
@@ -107,25 +145,25 @@ class PackedLayer(PackedModule):
                 setattr(self, name, buffer.to(now.device))
         return self
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        warn_if_not_described(self)
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any,
         errors: list[str],
     ) -> None:  # fmt: skip
         content = state_dict.get(f"{prefix}packed_format")
         if content is not None:
-            try:
-                found = self._described(bytes(content.cpu().tolist()))
-                expected = self._described(self._content)
-            except ValueError as error:
-                errors.append(f"{prefix}{error}")
-                return
-            if found != expected:
-                errors.append(f"{prefix}packed_format: expected {expected}, got {found}; pack the model by that spec")
+            problem = self._problem_of(content)
+            if problem:
+                errors.append(f"{prefix}{problem}")
                 return
         elif f"{prefix}weight" in state_dict:
             errors.append(_plain_weight(f"{prefix}weight"))
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self._fill_table()
 
 
 class PackedLinearLayer(PackedLayer):
@@ -188,7 +226,6 @@ class PackedLinear(PackedLinearLayer):
     """
 
     shift: Tensor | None
-    table: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, spec: PackSpec, weight: Packed, bias: nn.Parameter | None
@@ -199,8 +236,7 @@ class PackedLinear(PackedLinearLayer):
         self._settings = (spec.kind, spec.bits, out_features)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("shift", weight.shift)
-        table = torch.tensor(TABLES[spec.table], dtype=torch.float32) if spec.table else None
-        self.register_buffer("table", None if table is None else table.to(weight.words.device), persistent=False)
+        self._register_table(spec.table)
 
     @classmethod
     def of_weight(cls, weight: Tensor, spec: PackSpec, bias: nn.Parameter | None) -> Self:

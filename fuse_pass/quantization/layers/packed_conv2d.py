@@ -17,7 +17,7 @@ from fuse_pass.quantization.integer_weights import width_of
 from fuse_pass.quantization.layers.convolution import QuantizedConv2d
 from fuse_pass.quantization.layers.packed import PackedLayer
 from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLayer, content_of
-from fuse_pass.quantization.packing import TABLES, PackSpec, packed
+from fuse_pass.quantization.packing import PackSpec, packed
 
 _IMAGE = Granularity("channel", axis=0)
 # What "int8" says of a convolution in floating point: a scale for each image, and one for each channel of the result.
@@ -100,6 +100,8 @@ class PackedConv2d(_PackedConvolution):
         ValueError: see `packing.packed`.
     """
 
+    shift: Tensor | None
+
     def __init__(self, conv: nn.Conv2d, spec: PackSpec) -> None:
         weight = packed(windows_of(conv).rows_of_weight(conv.weight.detach()), spec)
         super().__init__(spec.to_bytes(), weight.words)
@@ -107,12 +109,8 @@ class PackedConv2d(_PackedConvolution):
         self._take_windows(conv)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("shift", weight.shift)
-        table = torch.tensor(TABLES[spec.table], dtype=torch.float32) if spec.table else None
-        self.register_buffer("table", None if table is None else table.to(weight.words.device), persistent=False)
+        self._register_table(spec.table)
         self.train(conv.training)
-
-    shift: Tensor | None
-    table: Tensor | None
 
     def _real_rows(self, inner: int) -> Tensor:
         spec = self.spec

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuse_pass.quantization.layers.packed import PackedLayer
-from fuse_pass.quantization.packing import TABLES, PackSpec, weight_only_codes
+from fuse_pass.quantization.packing import PackSpec, weight_only_codes
 
 
 class PackedEmbedding(PackedLayer):
@@ -31,7 +31,6 @@ class PackedEmbedding(PackedLayer):
     follow_dtype = ("like",)
 
     shift: Tensor | None
-    table: Tensor | None
     like: Tensor
 
     def __init__(self, embedding: nn.Embedding, spec: PackSpec) -> None:
@@ -44,8 +43,7 @@ class PackedEmbedding(PackedLayer):
         self._trained = {"scale_grad_by_freq": embedding.scale_grad_by_freq, "sparse": embedding.sparse}
         self.register_buffer("scale", found.scale)
         self.register_buffer("shift", found.shift)
-        table = torch.tensor(TABLES[spec.table], dtype=torch.float32) if spec.table else None
-        self.register_buffer("table", None if table is None else table.to(weight.device), persistent=False)
+        self._register_table(spec.table)
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.train(embedding.training)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fuse_pass.numerics.formats import Granularity
@@ -18,7 +17,6 @@ from fuse_pass.quantization.integer_weights import PackedIntegers
 from fuse_pass.quantization.layers.base import QuantizedLayer, quantize_gradient
 from fuse_pass.quantization.layers.linear import QuantizedLinear
 from fuse_pass.quantization.layers.packed import PackedLayer, PackedLinearLayer
-from fuse_pass.quantization.packing import TABLES
 
 
 class PackedQuantizedLayer(PackedLayer):
@@ -36,15 +34,13 @@ class PackedQuantizedLayer(PackedLayer):
     input_zero_point: Tensor | None
     output_scale: Tensor | None
     output_zero_point: Tensor | None
-    table: Tensor | None
 
     def _take_sites(self, layer: QuantizedLayer, weight: PackedIntegers, columns: int) -> None:
         """Everything but words and bias."""
         spec: QuantSpec = layer.spec
         self.spec, self._bits, self._columns = spec, weight.bits, columns
         is_looked_up = spec.input is None and weight.bits == 4
-        table = torch.tensor(TABLES["int4"], dtype=torch.float32, device=weight.words.device) if is_looked_up else None
-        self.register_buffer("table", table, persistent=False)
+        self._register_table("int4" if is_looked_up else "")
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("sums", weight.sums)
