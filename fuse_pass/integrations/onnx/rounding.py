@@ -1,0 +1,135 @@
+"""Rounding by arithmetic, for ONNX, which cannot read the bits of a number before opset 26.
+
+    q = 2^(max(floor(log2 |x|), emin) − sig_bits)        the distance of neighbours around x
+    y = round(|x| / q) · q, bounded, with the sign of x
+
+Powers of two are found by comparison, and products and quotients with them are exact: the results are those of
+`numerics.rounding`, bit for bit, in every deterministic mode.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from fuse_pass.numerics.formats import FloatFormat
+from fuse_pass.numerics.rounding import Carrier, Grid
+from fuse_pass.ops.fake_quantize import FloatRounding, carrier_of, holds_all, largest
+
+
+def steps_to(span: int, carrier: Carrier) -> list[int]:
+    """Exponents that add up, each taken or left in this order, to any number in 0 … span; powers the carrier holds."""
+    if span < 1:
+        return []
+    first = 1 << (min(span, carrier.bias).bit_length() - 1)
+    smaller = [first >> shift for shift in range(1, first.bit_length())]
+    return [first] * -(-(span - (first - 1)) // first) + smaller
+
+
+def power_below(magnitude: Tensor, lowest: int, highest: int, carrier: Carrier) -> tuple[Tensor, Tensor]:
+    """`2^e` with e = floor(log2 magnitude), held within lowest … highest, and `e − lowest` as a float."""
+    power = torch.full_like(magnitude, math.ldexp(1.0, lowest))
+    count = torch.zeros_like(magnitude)
+    for step in steps_to(highest - lowest, carrier):
+        candidate = power * math.ldexp(1.0, step)
+        fits = magnitude >= candidate
+        power, count = torch.where(fits, candidate, power), torch.where(fits, count + step, count)
+    return power, count
+
+
+def round_to_integer(ratio: Tensor, negative: Tensor, mode: str) -> Tensor:
+    """Of ratio ≥ 0, the magnitude of what is `negative`; deterministic modes."""
+    if mode == "nearest":
+        return torch.round(ratio)
+    below = torch.floor(ratio)
+    rest = ratio - below  # exact
+    is_odd = below - 2 * torch.floor(below * 0.5) == 1
+    goes_up = {
+        "towards_zero": lambda: rest < 0,
+        "plus_inf": lambda: (rest > 0) & ~negative,
+        "minus_inf": lambda: (rest > 0) & negative,
+        "nearest_away": lambda: rest >= 0.5,
+        "nearest_zero": lambda: rest > 0.5,
+        "nearest_odd": lambda: (rest > 0.5) | ((rest == 0.5) & ~is_odd),
+        "odd": lambda: (rest > 0) & ~is_odd,
+    }[mode]()
+    return torch.where(goes_up, below + 1, below)
+
+
+def round_signed(x: Tensor, mode: str) -> Tensor:
+    """x rounded to integers; −0 becomes 0, infinities and NaN stay."""
+    if mode == "nearest":
+        rounded = torch.round(x)
+    else:
+        negative = x < 0
+        magnitude = round_to_integer(x.abs(), negative, mode)
+        magnitude = torch.where(x.abs() < math.inf, magnitude, x.abs())  # of an infinity there is no rest
+        rounded = torch.where(negative, -magnitude, magnitude)
+    return torch.where(rounded == 0, 0.0, rounded)
+
+
+def rounded(x: Tensor, how: FloatRounding) -> Tensor:
+    """`how.rounded(x)` of a deterministic mode."""
+    fmt = how.format
+    if holds_all(x.dtype, fmt):
+        return x.clone()
+    carrier = carrier_of(x.dtype, fmt)
+    wide = x.to(carrier.dtype)
+    magnitude, negative = wide.abs(), wide < 0
+    y = _on_grid(magnitude, negative, Grid(carrier, fmt.sig_bits, fmt.emin, fmt.subnormal and fmt.signed), fmt, how)
+    top = largest(x.dtype, fmt)
+    y = _bounded(y, negative, fmt, how, top)
+    if not fmt.signed:
+        y = torch.where(wide > 0, y.clamp(min=fmt.smallest_normal), math.nan)
+    signed = torch.where(negative, -y, y)
+    signed = torch.where(wide == 0, wide, signed) if fmt.has_negative_zero else torch.where(y == 0, 0.0, signed)
+    return torch.where(magnitude < math.inf, signed, _of_infinities(wide, negative, fmt, how, top)).to(x.dtype)
+
+
+def _on_grid(magnitude: Tensor, negative: Tensor, grid: Grid, fmt: FloatFormat, how: FloatRounding) -> Tensor:
+    carrier = grid.carrier
+    lowest = max(grid.emin, 1 - carrier.bias)
+    # One binade above the largest number will do: what lies beyond stays beyond.
+    power, _ = power_below(magnitude, lowest, min(fmt.emax + 1, carrier.bias), carrier)
+    # No finer than the carrier's own subnormals.
+    quantum = power * math.ldexp(1.0, -min(grid.sig_bits, lowest + carrier.bias - 1 + carrier.sig_bits))
+    y = round_to_integer(magnitude / quantum, negative, how.rounding) * quantum
+    if grid.subnormal:
+        return y
+    smallest = math.ldexp(1.0, grid.smallest_exponent)
+    goes_up = magnitude >= _number(grid.threshold(how.rounding), carrier)
+    if how.rounding in ("plus_inf", "minus_inf"):
+        goes_up = goes_up & (~negative if how.rounding == "plus_inf" else negative)
+    below = torch.where(goes_up, smallest, torch.zeros_like(magnitude))
+    return torch.where(magnitude < smallest, below, y)
+
+
+def _bounded(y: Tensor, negative: Tensor, fmt: FloatFormat, how: FloatRounding, top: float) -> Tensor:
+    if how.overflow == "saturate" or how.rounding in ("towards_zero", "odd"):
+        return torch.where(y > top, top, y)
+    beyond = math.inf if fmt.has_inf else math.nan
+    if how.rounding not in ("plus_inf", "minus_inf"):
+        return torch.where(y > top, beyond, y)
+    inwards = negative if how.rounding == "plus_inf" else ~negative
+    return torch.where(y > top, torch.where(inwards, top, torch.full_like(y, beyond)), y)
+
+
+def _of_infinities(wide: Tensor, negative: Tensor, fmt: FloatFormat, how: FloatRounding, top: float) -> Tensor:
+    """What infinities and NaN become."""
+    if fmt.has_inf:
+        return wide
+    if how.overflow != "saturate":
+        return torch.full_like(wide, math.nan)
+    largest_number = torch.where(negative, -top, torch.full_like(wide, top))
+    if not fmt.signed:
+        largest_number = torch.where(negative, math.nan, largest_number)
+    return torch.where(wide.isnan(), wide, largest_number)
+
+
+def _number(pattern: int, carrier: Carrier) -> float:
+    """The number >= 0 of these bits."""
+    real, integer = ("<f", "<i") if carrier.dtype is torch.float32 else ("<d", "<q")
+    return float(struct.unpack(real, struct.pack(integer, pattern))[0])
