@@ -3,18 +3,21 @@
     bits(x) = Σ steps · 2^s + |x| / (2^e · 2^−s)        s fraction bits; `steps` binades above the smallest normal
     x(bits) = (fraction + implicit 1) · 2^(field − …)   sums and products that are all exact
 
-NaN has one pattern. Integers of 32 bits are also read as bytes, lowest first, and bytes as signed and back.
+NaN has one pattern. Integers of 32 bits are also read as bytes, lowest first, and bytes as signed and back. Beside it, what
+torch.onnx or ONNX Runtime reads otherwise than PyTorch.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_pass.integrations.onnx.rounding import power_below, steps_to
+from fuse_pass.integrations.onnx.rounding import power_below
 from fuse_pass.numerics.rounding import FLOAT32, FLOAT64, Carrier
 
 
@@ -65,15 +68,17 @@ def number_of(bits: Tensor, carrier: Carrier) -> Tensor:
     fraction, field = bits & ((1 << carrier.sig_bits) - 1), (bits >> carrier.sig_bits) & (2 * carrier.bias + 1)
     is_normal = field > 0
     significand = torch.where(is_normal, fraction + (1 << carrier.sig_bits), fraction).to(carrier.dtype)
-    rest = torch.where(is_normal, field - 1, field)
-    power = torch.full_like(significand, math.ldexp(1.0, 1 - carrier.bias - carrier.sig_bits))
-    for step in steps_to(2 * carrier.bias - 1, carrier):
-        taken = rest >= step
-        power = torch.where(taken, power * math.ldexp(1.0, step), power)
-        rest = torch.where(taken, rest - step, rest)
+    # Of constants alone: a table in the file, and not steps that are taken in every run.
+    power = _powers(carrier)[torch.where(is_normal, field - 1, field).to(torch.int64)]
     special = torch.where(fraction == 0, math.inf, torch.full_like(significand, math.nan))
     value = torch.where(field == 2 * carrier.bias + 1, special, significand * power)
-    return torch.where(bits < 0, -value, value)
+    return value * torch.where(bits < 0, -1.0, torch.ones_like(value))  # and not −value: 0 keeps its sign
+
+
+def _powers(carrier: Carrier) -> Tensor:
+    """`2^(k + 1 − bias − sig_bits)` for k = 0 … 2 · bias: the distance of neighbours with the exponent field k + 1."""
+    exponents = torch.arange(2 * carrier.bias + 1, dtype=torch.float64) + (1 - carrier.bias - carrier.sig_bits)
+    return torch.pow(torch.full_like(exponents, 2.0), exponents).to(carrier.dtype)
 
 
 def right_shift(x: Tensor, places: Any) -> Tensor:
@@ -81,4 +86,37 @@ def right_shift(x: Tensor, places: Any) -> Tensor:
     if x.dtype is not torch.uint8:
         return NotImplemented
     wide = places.to(torch.int32) if isinstance(places, Tensor) else places
-    return (x.to(torch.int32) >> wide).to(torch.uint8)
+    return torch.bitwise_right_shift(x.to(torch.int32), wide).to(torch.uint8)
+
+
+def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    """`x[indices]` for indices of 32 bits, which ONNX's GatherND does not take; others are torch.onnx's affair."""
+    if not any(part is not None and part.dtype is torch.int32 for part in indices):
+        return NotImplemented
+    wide = [part.to(torch.int64) if part is not None and part.dtype is torch.int32 else part for part in indices]
+    return torch.ops.aten.index.Tensor(x, wide)  # type: ignore[no-any-return]
+
+
+def amax(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    """The largest element, NaN where there is one: ONNX Runtime's ReduceMax looks past it."""
+    return _with_nan(torch.ops.aten.amax.default, x, dim, keepdim)
+
+
+def amin(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    """The smallest likewise."""
+    return _with_nan(torch.ops.aten.amin.default, x, dim, keepdim)
+
+
+_INSIDE = threading.local()
+
+
+def _with_nan(reduce: Any, x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
+    if not x.is_floating_point() or getattr(_INSIDE, "reduces", False):
+        return NotImplemented  # as it is
+    _INSIDE.reduces = True
+    try:
+        found = reduce(x, dim, keepdim)
+        spoiled = torch.ops.aten.amax.default(x.isnan().to(torch.int32), dim, keepdim)
+    finally:
+        _INSIDE.reduces = False
+    return torch.where(spoiled > 0, math.nan, found)

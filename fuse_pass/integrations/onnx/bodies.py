@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fuse_pass.inductor import private
 from fuse_pass.integrations.onnx import packed, products, quantize_linear
-from fuse_pass.integrations.onnx.bits import right_shift, view_dtype
+from fuse_pass.integrations.onnx.bits import amax, amin, index, right_shift, view_dtype
 from fuse_pass.integrations.onnx.opset import Opset
 from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import rows_of
@@ -38,10 +38,13 @@ from fuse_pass.ops.straight_through import StraightThrough
 Body = Callable[..., Any]
 ours, aten = torch.ops.fuse_pass, torch.ops.aten
 
-_OF_BITS: dict[private.OpOverload, Body] = {
+_MENDED: dict[private.OpOverload, Body] = {
     aten.view.dtype: view_dtype,
-    aten.__rshift__.Scalar: right_shift,
-    aten.__rshift__.Tensor: right_shift,
+    aten.index.Tensor: index,
+    aten.amax.default: amax,
+    aten.amin.default: amin,
+    aten.__rshift__.Scalar: torch.bitwise_right_shift,
+    aten.__rshift__.Tensor: torch.bitwise_right_shift,
     aten.bitwise_right_shift.Tensor: right_shift,
     aten.bitwise_right_shift.Tensor_Scalar: right_shift,
 }
@@ -81,7 +84,7 @@ def table(opset: Opset) -> dict[private.OpOverload, Body]:
         ours.fake_quantize_int: lambda *args: quantize_linear.integers(FakeQuantizeInt.of_call(args), opset),
         ours.straight_through: lambda *args: StraightThrough.of_call(args).forward(),
     }
-    return {**{op.default: body for op, body in bodies.items()}, **_OF_BITS}
+    return {**{op.default: body for op, body in bodies.items()}, **_MENDED}
 
 
 def _dense(op: Dense | DensePrepacked) -> Tensor:

@@ -84,11 +84,21 @@ def integers(op: FakeQuantizeInt, opset: Opset) -> Tensor:
         opset.require(scales.needs, "a scale for each block of neighbours")
     x, step = op.x.to(torch.float32), scales.scale.to(torch.float32)
     if (low, high) != (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1):
-        broadcast = op.scale.to(torch.float32)
-        shift = 0 if op.zero_point is None else op.zero_point.to(torch.float32)
-        x = torch.minimum(torch.maximum(x, (low - shift) * broadcast), (high - shift) * broadcast)
+        x = _clipped(x, op, float(low), float(high))
     code = zero_code(step, scales.zero_point, dtype)
     return _there_and_back(x, step, code, scales.attributes, dtype).to(op.x.dtype)
+
+
+def _clipped(x: Tensor, op: FakeQuantizeInt, low: float, high: float) -> Tensor:
+    """x within what the first and the last code stand for; rounding does the rest exactly."""
+    step = op.scale.to(torch.float32)
+    shift = 0.0 if op.zero_point is None else op.zero_point.to(torch.float32)
+    ends = (low - shift) * step, (high - shift) * step
+    if any(end.numel() != 1 for end in ends):
+        return torch.minimum(torch.maximum(x, ends[0]), ends[1])
+    # At once: the optimizer of onnxscript (0.7) makes a Clip of the two, and loses its limits where there are several.
+    scalars = (end.reshape(()) for end in ends)
+    return torch.onnx.ops.symbolic("Clip", (x, *scalars), dtype=x.dtype, shape=x.shape)
 
 
 def zero_code(scale: Tensor, zero: Tensor | None, dtype: torch.dtype | int) -> Tensor | None:
@@ -142,6 +152,7 @@ def _float8_of(how: FloatRounding) -> tuple[torch.dtype, int] | None:
     float8 = _FLOAT8.get((how.exp_bits, how.sig_bits, how.bias, how.encoding))
     # ONNX saturates infinities as well, which are numbers of their own for us where the format has them.
     keeps_infinities = how.format.has_inf and how.overflow == "saturate"
-    fits_half_types = how.format.max <= torch.finfo(torch.float16).max
-    is_exact = how.rounding == "nearest" and how.subnormal and not keeps_infinities and fits_half_types
+    # ONNX Runtime (1.32) saturates 464 … 480 although it is told not to.
+    overflows_to_nan = how.encoding == "fn" and how.overflow == "ieee"
+    is_exact = how.rounding == "nearest" and how.subnormal and not keeps_infinities and not overflows_to_nan
     return float8 if is_exact else None

@@ -82,11 +82,12 @@ def rounded(x: Tensor, how: FloatRounding) -> Tensor:
     y = _on_grid(magnitude, negative, Grid(carrier, fmt.sig_bits, fmt.emin, fmt.subnormal and fmt.signed), fmt, how)
     top = largest(x.dtype, fmt)
     y = _bounded(y, negative, fmt, how, top)
+    y = torch.where(magnitude < math.inf, y, _of_infinities(magnitude, fmt, how, top))
     if not fmt.signed:
-        y = torch.where(wide > 0, y.clamp(min=fmt.smallest_normal), math.nan)
-    signed = torch.where(negative, -y, y)
-    signed = torch.where(wide == 0, wide, signed) if fmt.has_negative_zero else torch.where(y == 0, 0.0, signed)
-    return torch.where(magnitude < math.inf, signed, _of_infinities(wide, negative, fmt, how, top)).to(x.dtype)
+        y = torch.where(wide > 0, torch.where(y < fmt.smallest_normal, fmt.smallest_normal, y), math.nan)
+    below_zero = negative | (wide.reciprocal() < 0) if fmt.has_negative_zero else negative & (y > 0)
+    # By a factor: ONNX Runtime's Where loses the sign of a zero.
+    return (y * torch.where(below_zero, -1.0, torch.ones_like(y))).to(x.dtype)
 
 
 def _on_grid(magnitude: Tensor, negative: Tensor, grid: Grid, fmt: FloatFormat, how: FloatRounding) -> Tensor:
@@ -117,16 +118,13 @@ def _bounded(y: Tensor, negative: Tensor, fmt: FloatFormat, how: FloatRounding, 
     return torch.where(y > top, torch.where(inwards, top, torch.full_like(y, beyond)), y)
 
 
-def _of_infinities(wide: Tensor, negative: Tensor, fmt: FloatFormat, how: FloatRounding, top: float) -> Tensor:
-    """What infinities and NaN become."""
+def _of_infinities(magnitude: Tensor, fmt: FloatFormat, how: FloatRounding, top: float) -> Tensor:
+    """What infinity and NaN become."""
     if fmt.has_inf:
-        return wide
+        return magnitude
     if how.overflow != "saturate":
-        return torch.full_like(wide, math.nan)
-    largest_number = torch.where(negative, -top, torch.full_like(wide, top))
-    if not fmt.signed:
-        largest_number = torch.where(negative, math.nan, largest_number)
-    return torch.where(wide.isnan(), wide, largest_number)
+        return torch.full_like(magnitude, math.nan)
+    return torch.where(magnitude.isnan(), magnitude, top)
 
 
 def _number(pattern: int, carrier: Carrier) -> float:
