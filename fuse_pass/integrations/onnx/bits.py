@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_pass.integrations.onnx.rounding import power_below
+from fuse_pass.integrations.onnx.rounding import power_below, power_like
 from fuse_pass.numerics.rounding import FLOAT32, FLOAT64, Carrier
 
 
@@ -50,8 +50,8 @@ def view_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def bits_of(x: Tensor, carrier: Carrier) -> Tensor:
     """The bits of floats as integers."""
     magnitude, lowest = x.abs(), 1 - carrier.bias
-    power, binades = power_below(magnitude, lowest, carrier.bias, carrier)
-    fraction = magnitude / (power * math.ldexp(1.0, -carrier.sig_bits))
+    power, binades = power_below(magnitude, lowest, carrier.bias)
+    fraction = magnitude / (power * power_like(magnitude, -carrier.sig_bits))
     is_finite = magnitude < math.inf
     bits = (binades.to(carrier.int_dtype) << carrier.sig_bits) + torch.where(is_finite, fraction, 0.0).to(
         carrier.int_dtype

@@ -10,6 +10,7 @@ open which integer NaN becomes; with a scale that is taken from x all of it is N
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -142,9 +143,19 @@ def floats(op: FakeQuantize, opset: Opset) -> Tensor:
         return rounded(op.x, op.how)
     opset.require(19, f"{op.how.format.name} as ONNX's float8")
     x = op.x.to(torch.float32)
+    if op.how.overflow != "saturate":
+        x = x * torch.where(_overflows(x, op.how), math.inf, torch.ones_like(x))
     one, (dtype, number) = torch.ones((), dtype=torch.float32, device=x.device), float8
     zero = torch.onnx.ops.symbolic("Cast", (torch.zeros_like(one),), {"to": number}, dtype=dtype, shape=())
     return _there_and_back(x, one, zero, {"saturate": int(op.how.overflow == "saturate")}, dtype).to(op.x.dtype)
+
+
+def _overflows(x: Tensor, how: FloatRounding) -> Tensor:
+    """Where x rounds beyond the largest number; ONNX Runtime (1.32) has some of it become the largest, or NaN."""
+    fmt = how.format
+    middle = fmt.max + math.ldexp(1.0, fmt.emax - fmt.sig_bits - 1)
+    # A tie goes to the even one: the largest of "fn" is even, all others are odd.
+    return x.abs() > middle if fmt.encoding == "fn" else x.abs() >= middle
 
 
 def _float8_of(how: FloatRounding) -> tuple[torch.dtype, int] | None:
@@ -152,7 +163,5 @@ def _float8_of(how: FloatRounding) -> tuple[torch.dtype, int] | None:
     float8 = _FLOAT8.get((how.exp_bits, how.sig_bits, how.bias, how.encoding))
     # ONNX saturates infinities as well, which are numbers of their own for us where the format has them.
     keeps_infinities = how.format.has_inf and how.overflow == "saturate"
-    # ONNX Runtime (1.32) saturates 464 … 480 although it is told not to.
-    overflows_to_nan = how.encoding == "fn" and how.overflow == "ieee"
-    is_exact = how.rounding == "nearest" and how.subnormal and not keeps_infinities and not overflows_to_nan
+    is_exact = how.rounding == "nearest" and how.subnormal and not keeps_infinities
     return float8 if is_exact else None

@@ -16,24 +16,37 @@ import torch
 from torch import Tensor
 
 from fuse_pass.numerics.formats import FloatFormat
-from fuse_pass.numerics.rounding import Carrier, Grid
+from fuse_pass.numerics.rounding import FLOAT32, FLOAT64, Carrier, Grid
 from fuse_pass.ops.fake_quantize import FloatRounding, carrier_of, holds_all, largest
 
 
-def steps_to(span: int, carrier: Carrier) -> list[int]:
-    """Exponents that add up, each taken or left in this order, to any number in 0 … span; powers the carrier holds."""
+# torch.onnx writes constants of float64 graphs in float32.
+_LARGEST_STEP = 64
+
+
+def power_like(like: Tensor, exponent: int) -> Tensor:
+    """`2^exponent`, made of powers that float32 holds."""
+    power = torch.ones_like(like)
+    while exponent:
+        step = max(-_LARGEST_STEP, min(exponent, _LARGEST_STEP))
+        power, exponent = power * math.ldexp(1.0, step), exponent - step
+    return power
+
+
+def steps_to(span: int) -> list[int]:
+    """Exponents that add up, each taken or left in this order, to any number in 0 … span."""
     if span < 1:
         return []
-    first = 1 << (min(span, carrier.bias).bit_length() - 1)
+    first = 1 << (min(span, _LARGEST_STEP).bit_length() - 1)
     smaller = [first >> shift for shift in range(1, first.bit_length())]
     return [first] * -(-(span - (first - 1)) // first) + smaller
 
 
-def power_below(magnitude: Tensor, lowest: int, highest: int, carrier: Carrier) -> tuple[Tensor, Tensor]:
+def power_below(magnitude: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
     """`2^e` with e = floor(log2 magnitude), held within lowest … highest, and `e − lowest` as a float."""
-    power = torch.full_like(magnitude, math.ldexp(1.0, lowest))
+    power = power_like(magnitude, lowest)
     count = torch.zeros_like(magnitude)
-    for step in steps_to(highest - lowest, carrier):
+    for step in steps_to(highest - lowest):
         candidate = power * math.ldexp(1.0, step)
         fits = magnitude >= candidate
         power, count = torch.where(fits, candidate, power), torch.where(fits, count + step, count)
@@ -77,6 +90,11 @@ def rounded(x: Tensor, how: FloatRounding) -> Tensor:
     if holds_all(x.dtype, fmt):
         return x.clone()
     carrier = carrier_of(x.dtype, fmt)
+    if carrier is FLOAT64 and (fmt.exp_bits > 8 or fmt.sig_bits > FLOAT32.sig_bits) and torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"ONNX export: expected a format of at most 8 exponent and 23 fraction bits, got {fmt.name}: torch.onnx "
+            "writes constants in float32"
+        )
     wide = x.to(carrier.dtype)
     magnitude, negative = wide.abs(), wide < 0
     y = _on_grid(magnitude, negative, Grid(carrier, fmt.sig_bits, fmt.emin, fmt.subnormal and fmt.signed), fmt, how)
@@ -94,9 +112,9 @@ def _on_grid(magnitude: Tensor, negative: Tensor, grid: Grid, fmt: FloatFormat, 
     carrier = grid.carrier
     lowest = max(grid.emin, 1 - carrier.bias)
     # One binade above the largest number will do: what lies beyond stays beyond.
-    power, _ = power_below(magnitude, lowest, min(fmt.emax + 1, carrier.bias), carrier)
+    power, _ = power_below(magnitude, lowest, min(fmt.emax + 1, carrier.bias))
     # No finer than the carrier's own subnormals.
-    quantum = power * math.ldexp(1.0, -min(grid.sig_bits, lowest + carrier.bias - 1 + carrier.sig_bits))
+    quantum = power * power_like(magnitude, -min(grid.sig_bits, lowest + carrier.bias - 1 + carrier.sig_bits))
     y = round_to_integer(magnitude / quantum, negative, how.rounding) * quantum
     if grid.subnormal:
         return y

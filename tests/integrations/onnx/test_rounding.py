@@ -85,10 +85,10 @@ def test_bytes() -> None:
         bits.view_dtype(words.long(), torch.uint8)
 
 
-@pytest.mark.parametrize(("span", "carrier"), [(0, FLOAT32), (1, FLOAT32), (15, FLOAT32), (253, FLOAT32), (2046, FLOAT64)])
-def test_steps_reach_every_number(span: int, carrier: Carrier) -> None:
+@pytest.mark.parametrize("span", [0, 1, 15, 63, 64, 253, 2046])
+def test_steps_reach_every_number(span: int) -> None:
     for number in range(span + 1):
         rest = number
-        for step in rounding.steps_to(span, carrier):
+        for step in rounding.steps_to(span):
             rest -= step if rest >= step else 0
         assert rest == 0
