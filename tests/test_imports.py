@@ -29,6 +29,7 @@ ROOMS = (
     "backend",
     "api",
     "analysis",
+    "integrations",  # other tools, imported by whoever asks for them
     "testing",  # the fuzzer
     "commands",
     "bench",  # measurements

@@ -3,8 +3,8 @@
     bits(x) = Σ steps · 2^s + |x| / (2^e · 2^−s)        s fraction bits; `steps` binades above the smallest normal
     x(bits) = (fraction + implicit 1) · 2^(field − …)   sums and products that are all exact
 
-NaN has one pattern. Integers of 32 bits are also read as bytes, lowest first, and bytes as signed and back. Beside it, what
-torch.onnx or ONNX Runtime reads otherwise than PyTorch.
+NaN has one pattern. Integers of 32 bits are also read as bytes, lowest first, and bytes as signed and back. Beside
+that, what torch.onnx or ONNX Runtime reads otherwise than PyTorch.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _powers(carrier: Carrier) -> Tensor:
     return torch.pow(torch.full_like(exponents, 2.0), exponents).to(carrier.dtype)
 
 
-def right_shift(x: Tensor, places: Any) -> Tensor:
+def right_shift(x: Tensor, places: Any) -> Any:
     """`x >> places` for bytes, which torch.onnx (torch 2.13) takes for signed ones; all others are its own affair."""
     if x.dtype is not torch.uint8:
         return NotImplemented
@@ -89,20 +89,20 @@ def right_shift(x: Tensor, places: Any) -> Tensor:
     return torch.bitwise_right_shift(x.to(torch.int32), wide).to(torch.uint8)
 
 
-def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+def index(x: Tensor, indices: Sequence[Tensor | None]) -> Any:
     """`x[indices]` for indices of 32 bits, which ONNX's GatherND does not take; others are torch.onnx's affair."""
     if not any(part is not None and part.dtype is torch.int32 for part in indices):
         return NotImplemented
     wide = [part.to(torch.int64) if part is not None and part.dtype is torch.int32 else part for part in indices]
-    return torch.ops.aten.index.Tensor(x, wide)  # type: ignore[no-any-return]
+    return torch.ops.aten.index.Tensor(x, wide)
 
 
-def amax(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+def amax(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
     """The largest element, NaN where there is one: ONNX Runtime's ReduceMax looks past it."""
     return _with_nan(torch.ops.aten.amax.default, x, dim, keepdim)
 
 
-def amin(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+def amin(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
     """The smallest likewise."""
     return _with_nan(torch.ops.aten.amin.default, x, dim, keepdim)
 
@@ -110,7 +110,7 @@ def amin(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
 _INSIDE = threading.local()
 
 
-def _with_nan(reduce: Any, x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
+def _with_nan(reduce: Any, x: Tensor, dim: Sequence[int], keepdim: bool) -> Any:
     if not x.is_floating_point() or getattr(_INSIDE, "reduces", False):
         return NotImplemented  # as it is
     _INSIDE.reduces = True

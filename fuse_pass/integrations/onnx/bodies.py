@@ -87,6 +87,17 @@ def table(opset: Opset) -> dict[private.OpOverload, Body]:
     return {**{op.default: body for op, body in bodies.items()}, **_MENDED}
 
 
+def linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A Linear as Gemm, for models with integers.
+
+    ONNX Runtime (1.32) makes MatMulNBits of a MatMul whose weight is dequantised, which rounds x to int8 once more; Gemm
+    it leaves as it is.
+    """
+    if x.dim() == 2:
+        return NotImplemented  # as it is
+    return F.linear(rows_of(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
 def _dense(op: Dense | DensePrepacked) -> Tensor:
     return F.linear(op.x, op.weight, op.bias)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fuse_pass.integrations.onnx import bodies, fold, opset
+from fuse_pass.integrations.onnx import bodies, opset
 from fuse_pass.integrations.onnx.packed import in_file_order
+from fuse_pass.numerics.rounding import STOCHASTIC
 
 _NEEDS = ("onnx", "onnxscript")
 
@@ -29,7 +32,7 @@ def export(
 
     Fused layers become standard operators, integer fake quantisation and fp8 QuantizeLinear and DequantizeLinear,
     other formats arithmetic; packed weights stay packed in the file, for MatMulNBits (com.microsoft, of ONNX Runtime)
-    or DequantizeLinear. Weights that are quantised are stored as codes. The model itself stays as it is.
+    or MatMulInteger. The model itself stays as it is.
 
     Args:
         model: a model, exported as it stands: call `eval()` first. Or a program of `torch.export.export`, in which
@@ -55,19 +58,18 @@ def export(
         _require_data(model)
         program = torch.export.export(in_file_order(model), args, kwargs, dynamic_shapes=dynamic_shapes)
     program = in_operators_of_onnx(program, version)
-    made = torch.onnx.export(program, opset_version=version.version, dynamo=True, **options)
+    made = torch.onnx.export(program, (), f, opset_version=version.version, dynamo=True, **options)
     assert made is not None
-    fold.quantized_constants(made.model)
-    if f is not None:
-        made.save(f, external_data=bool(options.get("external_data", True)))
     return made
 
 
 def in_operators_of_onnx(program: torch.export.ExportedProgram, version: opset.Opset) -> torch.export.ExportedProgram:
     """The program without any op of ours; the raises are those of `export`."""
     _require_inference(program)
-    # What the package compiles with decomposes its ops further than ONNX needs, and is not wanted here.
-    program = program.run_decompositions(bodies.table(version))
+    table: dict[Any, Any] = dict(bodies.table(version))
+    if any(_name_of(node) == "fake_quantize_int" for node in program.graph.nodes):
+        table[torch.ops.aten.linear.default] = bodies.linear_of_rows
+    program = program.run_decompositions(table)
     left = sorted({_name_of(node) for node in program.graph.nodes} - {""})
     if left:
         raise NotImplementedError(f"ONNX export: expected a body for every op of fuse_pass, there is none for {left}")
@@ -76,9 +78,7 @@ def in_operators_of_onnx(program: torch.export.ExportedProgram, version: opset.O
 
 def require_packages() -> None:
     """ModuleNotFoundError, with what to install, where torch.onnx could not work."""
-    import importlib.util
-
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    missing = [name for name in _NEEDS if sys.modules.get(name, "") is None or importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
             f"fuse_pass.integrations.onnx needs {' and '.join(missing)}: pip install 'fuse_pass[onnx]'", name=missing[0]
@@ -94,11 +94,14 @@ def _require_data(model: nn.Module) -> None:
 def _require_inference(program: torch.export.ExportedProgram) -> None:
     """Names the layer that cannot be exported."""
     for node in program.graph.nodes:
-        reason = bodies.refusal(_name_of(node)) if _name_of(node) else None
+        name = _name_of(node)
+        reason = bodies.refusal(name) if name else None
+        if name and any(isinstance(value, str) and value in STOCHASTIC for value in node.args):
+            reason = "rounds at random"
         if reason is not None:
             raise NotImplementedError(
-                f"ONNX export: {_layer_of(node)} calls fuse_pass.{_name_of(node)}, which {reason}; call model.eval() "
-                "first, and use a deterministic rounding mode"
+                f"ONNX export: {_layer_of(node)} calls fuse_pass.{name}, which {reason}; call model.eval() first, and "
+                "use a deterministic rounding mode"
             )
 
 

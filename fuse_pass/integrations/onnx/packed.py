@@ -29,7 +29,7 @@ from fuse_pass.quantization.layers.packed_quantized import PackedQuantizedLinear
 def in_file_order(model: nn.Module) -> nn.Module:
     """A copy of the model that shares its parameters, and its buffers but those of packed weights."""
     shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared)  # type: ignore[arg-type]  # of what is shared, itself
+    model = copy.deepcopy(model, shared)
     for module in model.modules():
         if isinstance(module, (PackedLinear, PackedQuantizedLinear)):
             _reorder(module)

@@ -9,6 +9,8 @@ Shapes: a and x `[rows, inner]`, codes and weight `[columns, inner]`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.onnx.ops
 from torch import Tensor
@@ -39,7 +41,7 @@ def block_product(x: Tensor, blob: Tensor, scale: Tensor, zero: Tensor | None, b
     """
     columns, inner, block_size = blob.shape[0], x.shape[-1], blob.shape[2] * (8 // bits)
     # By default ONNX Runtime rounds x to int8; level 1 is float32.
-    attributes = {"K": inner, "N": columns, "bits": bits, "block_size": block_size, "accuracy_level": 1}
+    attributes: dict[str, Any] = {"K": inner, "N": columns, "bits": bits, "block_size": block_size, "accuracy_level": 1}
     inputs = (x, blob, scale.flatten(), *(() if zero is None else (zero.flatten(),)))
     shape = (*x.shape[:-1], columns)
     return torch.onnx.ops.symbolic(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.onnx.ops
@@ -25,11 +26,16 @@ from fuse_pass.ops.fake_quantize_int import FakeQuantizeInt
 
 # What PyTorch has no dtype for is a number of ONNX's.
 _INT4 = 22
-_INTEGERS: tuple[tuple[int, torch.dtype | int, int], ...] = (
-    (4, _INT4, 21),
-    (8, torch.int8, 13),
-    (16, torch.int16, 21),
-)
+
+
+@dataclass(frozen=True)
+class _Integers:
+    bits: int
+    type: torch.dtype | int
+    opset: int
+
+
+_INTEGERS = (_Integers(4, _INT4, 21), _Integers(8, torch.int8, 13), _Integers(16, torch.int16, 21))
 _FLOAT8 = {
     (4, 3, 7, "fn"): (torch.float8_e4m3fn, 17),
     (4, 3, 8, "fnuz"): (torch.float8_e4m3fnuz, 18),
@@ -74,20 +80,17 @@ def _is(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
 def integers(op: FakeQuantizeInt, opset: Opset) -> Tensor:
     """The op `fake_quantize_int`."""
     low, high = op.how.quant_min, op.how.quant_max
-    kind = next(((bits, *row) for bits, *row in _INTEGERS if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1)), None)
+    kind = next((row for row in _INTEGERS if -(2 ** (row.bits - 1)) <= low and high < 2 ** (row.bits - 1)), None)
     scales = scales_of(op.x, op.scale, op.zero_point)
     if op.how.rounding != "nearest" or op.x.dtype is torch.float64 or kind is None or scales is None or _is_empty(op.x):
         return _integers_by_arithmetic(op)
-    bits, dtype, needs = kind
-    if needs > 13:
-        opset.require(needs, f"integers of {bits} bits")
-    if scales.needs > 13:
-        opset.require(scales.needs, "a scale for each block of neighbours")
+    opset.require(kind.opset, f"integers of {kind.bits} bits")
+    opset.require(scales.needs, "a scale for each block of neighbours")
     x, step = op.x.to(torch.float32), scales.scale.to(torch.float32)
-    if (low, high) != (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1):
+    if (low, high) != (-(2 ** (kind.bits - 1)), 2 ** (kind.bits - 1) - 1):
         x = _clipped(x, op, float(low), float(high))
-    code = zero_code(step, scales.zero_point, dtype)
-    return _there_and_back(x, step, code, scales.attributes, dtype).to(op.x.dtype)
+    code = zero_code(step, scales.zero_point, kind.type)
+    return _there_and_back(x, step, code, scales.attributes, kind.type).to(op.x.dtype)
 
 
 def _clipped(x: Tensor, op: FakeQuantizeInt, low: float, high: float) -> Tensor:
@@ -114,8 +117,8 @@ def zero_code(scale: Tensor, zero: Tensor | None, dtype: torch.dtype | int) -> T
 def _there_and_back(
     x: Tensor, scale: Tensor, zero: Tensor | None, attributes: dict[str, int], dtype: torch.dtype | int
 ) -> Tensor:
-    there = attributes if zero is not None else {**attributes, "output_dtype": int(dtype)}  # type: ignore[call-overload]
-    back = {name: value for name, value in attributes.items() if name != "saturate"}
+    there: dict[str, Any] = attributes if zero is not None else {**attributes, "output_dtype": dtype}
+    back: dict[str, Any] = {name: value for name, value in attributes.items() if name != "saturate"}
     codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), there, dtype=dtype, shape=x.shape)
     return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), back, dtype=scale.dtype, shape=x.shape)
 

@@ -19,7 +19,6 @@ from fuse_pass.numerics.formats import FloatFormat
 from fuse_pass.numerics.rounding import FLOAT32, FLOAT64, Carrier, Grid
 from fuse_pass.ops.fake_quantize import FloatRounding, carrier_of, holds_all, largest
 
-
 # torch.onnx writes constants of float64 graphs in float32.
 _LARGEST_STEP = 64
 

@@ -35,8 +35,8 @@ class Exported:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return int(self.proto.ByteSize())
+        """Bytes of the weights in the file; beside them are the names and traces of torch.onnx."""
+        return sum(len(value.raw_data) for value in self.proto.graph.initializer)
 
 
 def as_numpy(value: Tensor) -> np.ndarray:

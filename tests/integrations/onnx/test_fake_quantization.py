@@ -17,8 +17,7 @@ from fuse_pass import FloatFormat, Granularity, fake_quantize, formats
 from fuse_pass.integrations.onnx import OpsetError
 from fuse_pass.numerics.formats import BlockFormat, FixedFormat, IntFormat
 from fuse_pass.numerics.rounding import ROUNDINGS, STOCHASTIC
-
-from .runtime import Exported, assert_same_bits
+from tests.integrations.onnx.runtime import Exported, assert_same_bits
 
 FLOAT_FORMATS = [fmt for fmt in formats.values() if isinstance(fmt, FloatFormat)]
 MODES = [mode for mode in ROUNDINGS if mode not in STOCHASTIC]
@@ -62,7 +61,9 @@ def of_format(fmt: Any, **options: Any) -> Callable[[Tensor], Tensor]:
 def test_fp8_is_that_of_onnx_for_every_half() -> None:
     """Every code, tie and overflow of the four fp8 formats is a bfloat16 or a float16; and float32 next to them."""
     names = ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
-    functions = {f"{name} {overflow}": of_format(name, overflow=overflow) for name in names for overflow in ("ieee", "saturate")}
+    functions = {
+        f"{name} {overflow}": of_format(name, overflow=overflow) for name in names for overflow in ("ieee", "saturate")
+    }
     x = every_half(torch.float32)
     beside = [x.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf)]
     exported = check(functions, x, *beside)
@@ -81,7 +82,8 @@ def test_floating_point(dtype: torch.dtype) -> None:
 
 def check_in_bfloat16(functions: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> None:
     inside = {
-        name: (lambda x, function=function: function(x.to(torch.bfloat16)).float()) for name, function in functions.items()
+        name: (lambda x, function=function: function(x.to(torch.bfloat16)).float())
+        for name, function in functions.items()
     }
     check(inside, x.float())
 
@@ -138,8 +140,15 @@ def test_integers_of_other_dtypes(dtype: torch.dtype) -> None:
 def test_integers_with_scales_that_were_set() -> None:
     """Overflow, infinities, and a zero point; the word for each granularity, and arithmetic where there is none."""
     functions = {}
-    scales = {"tensor": (), "rows": (3, 1, 1), "last": (16,), "blocks": (3, 4, 1), "steps": (3, 1, 16), "elements": (3, 4, 16)}
-    for name, shape in scales.items():
+    scales = {
+        "tensor": (),
+        "rows": (3, 1, 1),
+        "last": (16,),
+        "blocks": (3, 4, 1),
+        "steps": (3, 1, 16),
+        "elements": (3, 4, 16),
+    }
+    for name, shape in {**scales, "elements": (3, 4, 16)}.items():
         scale = 2.0 ** torch.randint(-3, 1, shape)
         zero = torch.randint(-8, 8, shape).float()
         for fmt in ("int4", "int8", "int16"):
@@ -182,7 +191,9 @@ def test_scaled_floating_point() -> None:
 def test_a_model_of_many_bits_is_no_longer_than_it_must_be() -> None:
     exported = check({"int8": of_format("int8", scale=torch.tensor(0.25))}, torch.randn(4))
     assert sum(exported.nodes.values()) == 3  # symmetric: clipped, there, and back
-    exported = check({"int8": of_format("int8_asymmetric", scale=torch.tensor(0.25), zero_point=torch.tensor(3.0))}, torch.randn(4))
+    exported = check(
+        {"int8": of_format("int8_asymmetric", scale=torch.tensor(0.25), zero_point=torch.tensor(3.0))}, torch.randn(4)
+    )
     assert sum(exported.nodes.values()) == 2
 
 

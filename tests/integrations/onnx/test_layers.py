@@ -16,9 +16,8 @@ import fuse_pass
 from fuse_pass.integrations.onnx import export
 from fuse_pass.quantization.layers import LAYER_FOR
 from fuse_pass.quantization.packing import SPECS, PackSpec
+from tests.integrations.onnx.runtime import Exported
 from tests.quantization.samples import SAMPLES, Sample
-
-from .runtime import Exported
 
 # What torch.onnx or ONNX has no word for, plain `torch.nn` or quantised, with what it says.
 NOT_EXPORTED: dict[str, str] = {}
@@ -66,22 +65,17 @@ def test_quantized_layers(sample: Sample, format: str) -> None:
 
 
 def test_every_public_layer_is_here() -> None:
-    others = {"BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", "PackedEmbedding"}
-    others |= {"PackedLinear", "PackedQuantizedLinear", "QuantizedLayer"}
-    tested = {LAYER_FOR[sample.type].__name__ for sample in SAMPLES}
-    assert tested | others == set(fuse_pass.nn.__all__)
+    of_other_tests = (
+        "BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", "PackedEmbedding", "PackedLinear",
+        "PackedQuantizedLinear", "QuantizedLayer",
+    )  # fmt: skip
+    tested = {LAYER_FOR[sample.type] for sample in SAMPLES} | {getattr(fuse_pass.nn, name) for name in of_other_tests}
+    public = {getattr(fuse_pass.nn, name) for name in fuse_pass.nn.__all__}
+    assert {layer for layer in public if isinstance(layer, type)} == tested
 
 
 def block(bias: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 48, bias=bias), nn.GELU(), nn.Linear(48, 40, bias=bias)).eval()
-
-
-def against_float64(model: nn.Module, exported: Exported, x: Tensor) -> None:
-    """No further from float64 than the sums of float32 may be: d_in + 8 roundings of each product's terms."""
-    exact = copy.deepcopy(model)
-    reference = fuse_pass.unpack(exact).double()(x.double()) if hasattr(fuse_pass, "unpack") else exact(x)
-    error = (exported(x).double() - reference).abs().max()
-    assert error <= 72 * 2**-24 * 64
 
 
 @pytest.mark.parametrize("spec", [*SPECS, PackSpec("int4_weight_only", group=32, symmetric=False)], ids=str)
@@ -101,12 +95,19 @@ def test_packed_files_are_small(spec: str) -> None:
     size = Exported(model, torch.randn(2, 512)).size
     # The codes, and scales: one a row, or one for each 64 (int4, nf4, fp4) or 128 (int8) inputs.
     codes = 512 * 512 * PackSpec(spec).bits // 8
-    assert size < codes + 512 * 8 * 4 + 16_000
+    assert codes <= size <= codes + 512 * 8 * 4 + 1000
 
 
 @pytest.mark.parametrize(
     ("input", "weight"),
-    [("int8", "int8"), ("int8_asymmetric", "int8_asymmetric"), ("int8", "int4"), (None, "int4"), (None, "int8"), (None, "int8_asymmetric")],
+    [
+        ("int8", "int8"),
+        ("int8_asymmetric", "int8_asymmetric"),
+        ("int8", "int4"),
+        (None, "int4"),
+        (None, "int8"),
+        (None, "int8_asymmetric"),
+    ],
 )
 def test_packed_converted(input: str | None, weight: str) -> None:
     rows = fuse_pass.Site(weight, granularity=fuse_pass.Granularity("channel", axis=0))
@@ -132,7 +133,7 @@ def test_packed_groups_of_any_size(size: int) -> None:
 def test_packed_embeddings(spec: str) -> None:
     model = fuse_pass.pack(nn.Sequential(nn.Embedding(300, 64)), spec).eval()
     exported = agree(model, torch.randint(0, 300, (3, 5)), tolerance=0)
-    assert exported.size < 300 * 64 * PackSpec(spec).bits // 8 + 300 * 8 + 12_000
+    assert exported.size < 300 * 64 * PackSpec(spec).bits // 8 + 300 * 4 + 1000
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -154,15 +155,17 @@ def test_llm_int8(threshold: float) -> None:
 def test_other_dtypes(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype is torch.float64 else 4e-3
     x = torch.randn(3, 64, dtype=dtype)
+    relu = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40)).eval()  # ONNX Runtime has no erf of float64
     agree(fuse_pass.FusedDropoutLayerNorm(64).eval().to(dtype), x, tolerance=tolerance)
-    agree(fuse_pass.FusedDenseGELUDense(64, 32).eval().to(dtype), x, tolerance=tolerance)
-    agree(fuse_pass.convert(block(), "int8").to(dtype), x, tolerance=tolerance)
-    agree(fuse_pass.pack(block(), "int4_weight_only").to(dtype), x, tolerance=tolerance)
+    agree(fuse_pass.convert(copy.deepcopy(relu), "int8").to(dtype), x, tolerance=tolerance)
+    agree(fuse_pass.pack(relu, "int4_weight_only").to(dtype), x, tolerance=tolerance)
 
 
 def test_bfloat16_becomes_a_model_of_that_type() -> None:
     """NumPy has no bfloat16 and ONNX Runtime no CPU kernels for most of it: what is written is looked at."""
-    program = export(fuse_pass.FusedDenseGELUDense(8, 16).eval().bfloat16(), (torch.randn(2, 8).bfloat16(),), verbose=False)
+    program = export(
+        fuse_pass.FusedDenseGELUDense(8, 16).eval().bfloat16(), (torch.randn(2, 8).bfloat16(),), verbose=False
+    )
     assert [node.op_type for node in program.model.graph] == ["Gemm", "Gelu", "Gemm"]
     assert {str(value.dtype) for value in program.model.graph.initializers.values()} == {"BFLOAT16"}
 

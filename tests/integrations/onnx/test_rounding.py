@@ -81,7 +81,7 @@ def test_bytes() -> None:
     assert torch.equal(bits.view_dtype(octets.view(torch.int8), torch.uint8), octets)
     words = octets.view(torch.int32).view(16, 4)
     assert torch.equal(bits.view_dtype(words, torch.uint8), words.view(torch.uint8))
-    with pytest.raises(NotImplementedError, match="between floats and integers of one width, got torch.int64 as"):
+    with pytest.raises(NotImplementedError, match="between floats and integers of one width, got "):
         bits.view_dtype(words.long(), torch.uint8)
 
 
