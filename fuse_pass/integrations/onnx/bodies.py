@@ -90,8 +90,8 @@ def table(opset: Opset) -> dict[private.OpOverload, Body]:
 def linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """A Linear as Gemm, for models with integers.
 
-    ONNX Runtime (1.32) makes MatMulNBits of a MatMul whose weight is dequantised, which rounds x to int8 once more; Gemm
-    it leaves as it is.
+    ONNX Runtime (1.32) makes MatMulNBits of a MatMul whose weight is dequantised, which rounds x to int8 once more; it
+    leaves Gemm as it is.
     """
     if x.dim() == 2:
         return NotImplemented  # as it is
