@@ -1,1 +1,1 @@
-"""What other libraries are told of us, by their own conventions: one module each, which needs that library."""
+"""What other libraries are told of us, by their own conventions: each part needs that library."""

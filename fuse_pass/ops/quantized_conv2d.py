@@ -17,7 +17,7 @@ windows are short, PyTorch's own convolution multiplies the integers in float32,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,13 +129,17 @@ class QuantizedConv2d(FusedOp):
         return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
+        return self.by(self.float_sums if self.windows.groups > 1 else self.integer_sums)
+
+    def by(self, sums: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """The result, by one of the two ways to sum."""
         x, weight, windows = self.x, self.weight, self.windows
         q = self.how.integers(x, self.x_scale, self.x_zero)
         # The zero point of what is spoiled may be NaN; padding is what stands for 0.
         zero = None if self.x_zero is None else torch.where(self.x_zero.isnan(), 0.0, self.x_zero).to(q.dtype)
         is_spoiled = windows.has_any(F.pad(q.isnan().any(1, keepdim=True), list(windows.padding)))
         q = torch.where(q.isnan(), 0.0, q)
-        centred = self._sums(q, zero)
+        centred = sums(q, zero)
         wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
         scale = weight.scale.view(1, -1, 1, 1)
         # In this order nothing overflows that does not overflow in the result.
@@ -143,15 +147,18 @@ class QuantizedConv2d(FusedOp):
         y = y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
         return y.to(x.dtype).contiguous(memory_format=_format_of(x))
 
-    def _sums(self, q: Tensor, zero: Tensor | None) -> Tensor:
-        """`Σ (a − z_x) (c − z_W)`, `[N, K, Ho, Wo]`."""
+    def float_sums(self, q: Tensor, zero: Tensor | None) -> Tensor:
+        """`Σ (a − z_x) (c − z_W)`, `[N, K, Ho, Wo]`, in the dtype of q; exact where they are not too large for it."""
+        weight, windows = self.weight, self.windows
+        inner = windows.window(q.shape[1]) // windows.groups
+        codes = (weight.codes(inner).to(torch.int32) - weight.zero.unsqueeze(1)).to(q.dtype)
+        a = F.pad(q if zero is None else q - zero, list(windows.padding))
+        return windows.convolved(a, windows.weight_of(codes))
+
+    def integer_sums(self, q: Tensor, zero: Tensor | None) -> Tensor:
+        """The same as int32, without groups."""
         weight, windows = self.weight, self.windows
         height, width = windows.output_size(*q.shape[2:])
-        if windows.groups > 1:
-            inner = windows.window(q.shape[1]) // windows.groups
-            codes = (weight.codes(inner).to(torch.int32) - weight.zero.unsqueeze(1)).to(q.dtype)
-            a = F.pad(q if zero is None else q - zero, list(windows.padding))
-            return windows.convolved(a, windows.weight_of(codes))
         # What is padded is 0 as a − z_x, so that z_x is taken off before, where int8 has room for it.
         a = F.pad(q, list(windows.padding)) if zero is None else _padded(q, zero, list(windows.padding))
         sums = weight.centred_sums(windows.as_rows(a.to(torch.int8)))

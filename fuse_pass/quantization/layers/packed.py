@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuse_pass.inductor import private
-from fuse_pass.ops.packed_dense import PackedWeight, packed_dense
+from fuse_pass.ops.packed_dense import WEIGHT_ONLY, PackedWeight, packed_dense
 from fuse_pass.quantization.packing import TABLES, Packed, PackSpec, packed
 from fuse_pass.quantization.saving import warn_if_not_described
 
@@ -256,6 +256,21 @@ class PackedLinear(PackedLinearLayer):
             ValueError: see `packing.packed`.
         """
         return cls.of_weight(linear.weight, spec, linear.bias).train(linear.training)
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether inputs stay as they are, and are not rounded to integers."""
+        return self.spec.kind == WEIGHT_ONLY
+
+    @property
+    def bits(self) -> int:
+        """Of a packed code."""
+        return self.spec.bits
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes stand for integers times a scale, and not for the values of another table."""
+        return self.spec.table in ("", "int4")
 
     def real_weight(self) -> Tensor:
         return PackedWeight(*self._weight()).real(self.in_features)

@@ -54,6 +54,21 @@ class PackedQuantizedLayer(PackedLayer):
         self._quantizer = None if spec.input is None else quantizer_at(spec.input, has_scale=has_scale)
         self.train(layer.training)
 
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether inputs stay as they are, and are not rounded to integers."""
+        return self._quantizer is None
+
+    @property
+    def bits(self) -> int:
+        """Of a packed code."""
+        return self._bits
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes stand for integers times a scale: always."""
+        return True
+
     def _real_rows(self, inner: int) -> Tensor:
         weight = self._weight()
         return (PackedWeight(*weight) if self._quantizer is None else IntegerWeight(*weight)).real(inner)
