@@ -59,7 +59,16 @@ def load() -> ctypes.CDLL | None:
             output = getattr(error, "stderr", None) or str(error)
             _say_without(f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else error}")
             return None
-    return ctypes.CDLL(str(path))
+    return _declared(ctypes.CDLL(str(path)))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of arguments, so that ctypes takes plain numbers."""
+    address, number = ctypes.c_void_p, ctypes.c_long
+    library.integer_product.argtypes = [address, number, number, address, number, address, number, number, number]
+    grid = (address, address, address, number)
+    library.float_product.argtypes = [address, number, number, address, number, *grid, address, number, number, number]
+    return library
 
 
 def _flag(instruction: str) -> str:

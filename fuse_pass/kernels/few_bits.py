@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -118,13 +117,9 @@ def _by_library(library: ctypes.CDLL, a: Tensor, words: Tensor, columns: int, bi
     needed = words.shape[1] * (32 // bits)
     a = F.pad(a, (0, needed - inner)) if needed > inner else a.contiguous()
     y = a.new_empty(rows, columns, dtype=torch.int32)
+    threads = _threads(rows * columns * inner)
     library.integer_product(
-        *_addresses(a),
-        *_longs(rows, needed),
-        *_addresses(words),
-        *_longs(words.shape[1]),
-        *_addresses(y),
-        *_longs(columns, bits, _threads(rows * columns * inner)),
+        a.data_ptr(), rows, needed, words.data_ptr(), words.shape[1], y.data_ptr(), columns, bits, threads
     )
     return y
 
@@ -194,15 +189,11 @@ def float_product(
         return x @ float_weight(words, table, scale, shift, columns, inner, bits).t()
     x = F.pad(x, (0, needed - inner)) if needed > inner else x.contiguous()
     y = x.new_empty(rows, columns)
+    of_shift = None if shift is None else shift.data_ptr()
+    grid = (table.data_ptr(), scale.data_ptr(), of_shift, words.shape[1] // scale.shape[1])
+    threads = _threads(rows * columns * inner)
     library.float_product(
-        *_addresses(x),
-        *_longs(rows, needed),
-        *_addresses(words),
-        *_longs(words.shape[1]),
-        *_addresses(table, scale, shift),
-        *_longs(words.shape[1] // scale.shape[1]),
-        *_addresses(y),
-        *_longs(columns, bits, _threads(rows * columns * inner)),
+        x.data_ptr(), rows, needed, words.data_ptr(), words.shape[1], *grid, y.data_ptr(), columns, bits, threads
     )
     return y
 
@@ -229,11 +220,3 @@ _MIN_PARALLEL = 1 << 18
 
 def _threads(operations: int) -> int:
     return torch.get_num_threads() if operations >= _MIN_PARALLEL else 1
-
-
-def _addresses(*tensors: Tensor | None) -> Sequence[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-
-
-def _longs(*numbers: int) -> Sequence[ctypes.c_long]:
-    return [ctypes.c_long(number) for number in numbers]

@@ -24,6 +24,16 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() / b.double()).to(a.dtype)
 
 
+def without_nan(x: Tensor) -> Tensor:
+    """x, with 0 in the place of NaN."""
+    return torch.where(is_nan(x), 0.0, x)
+
+
+def is_nan(x: Tensor) -> Tensor:
+    """As `x.isnan()`, which Inductor writes as a loop over single elements (16 rows of 3072: 59 against 25 us)."""
+    return x != x
+
+
 def gradient_like(tensor: Tensor) -> Tensor:
     """Uninitialised, with the shape and layout of a gradient of `tensor`."""
     if tensor.dim() == 2 and is_column_major(tensor):

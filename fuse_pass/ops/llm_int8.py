@@ -32,7 +32,7 @@ from fuse_pass.gemm.integers import MAX_EXACT_INT32, QMAX
 from fuse_pass.gemm.product import product
 from fuse_pass.inductor import private
 from fuse_pass.numerics.activations import ACTIVATIONS
-from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of
+from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of, without_nan
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
 from fuse_pass.ops.library import call, cast_for_autocast
 from fuse_pass.ops.plain import are_transformed
@@ -110,7 +110,7 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     shift = torch.where(absmax > 2.0**100, 2.0**-20, 1.0)
     unit = torch.where(absmax == 0, 1.0, absmax * shift)
     steps = torch.round(quotient(wide * (QMAX * shift)[:, None], unit[:, None]))
-    return torch.nan_to_num(steps, nan=0.0).to(torch.int8), absmax / QMAX
+    return without_nan(steps).to(torch.int8), absmax / QMAX
 
 
 def _float_weight(weight: Tensor, scale: Tensor | None) -> Tensor:

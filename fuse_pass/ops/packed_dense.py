@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.gemm.product import product
-from fuse_pass.inductor import private
+from fuse_pass.inductor import compat, private
 from fuse_pass.kernels import few_bits
 from fuse_pass.numerics.bit_codes import VARIANTS, activation_codes
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
@@ -177,15 +177,21 @@ class PackedDense(FusedOp):
         x, weight = rows_of(self.x), self.weight
         if weight.kind == WEIGHT_ONLY:
             y = weight.float_sums(x.to(accumulation_dtype(x.dtype)))
-        elif weight.kind in VARIANTS:
+            return self._result(y)
+        # Read for the largest element of a row, and to be rounded: an activation before would be computed for each.
+        x = compat.stored_once(x)
+        if weight.kind in VARIANTS:
             codes, step = activation_codes(x, weight.kind)
             wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
             y = weight.integer_sums(codes.to(torch.int8)).to(wide) * step.to(wide) * weight.scale
         else:
             y = self._by_int8(x.to(accumulation_dtype(x.dtype)))
+        return self._result(y)
+
+    def _result(self, y: Tensor) -> Tensor:
         y = y if self.bias is None else y + self.bias
         # No view for autograd: users may write into the result of a layer.
-        return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], weight.columns))
+        return private.unsafe_view(y.to(self.x.dtype), (*self.x.shape[:-1], self.weight.columns))
 
     def _by_int8(self, x: Tensor) -> Tensor:
         weight, outliers = self.weight, None

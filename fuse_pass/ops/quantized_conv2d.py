@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuse_pass.numerics.tensors import accumulation_dtype
+from fuse_pass.numerics.tensors import accumulation_dtype, is_nan, without_nan
 from fuse_pass.ops.arguments import Arguments
 from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
 from fuse_pass.ops.library import cast_for_autocast
@@ -136,9 +136,9 @@ class QuantizedConv2d(FusedOp):
         x, weight, windows = self.x, self.weight, self.windows
         q = self.how.integers(x, self.x_scale, self.x_zero)
         # The zero point of what is spoiled may be NaN; padding is what stands for 0.
-        zero = None if self.x_zero is None else torch.where(self.x_zero.isnan(), 0.0, self.x_zero).to(q.dtype)
-        is_spoiled = windows.has_any(F.pad(q.isnan().any(1, keepdim=True), list(windows.padding)))
-        q = torch.where(q.isnan(), 0.0, q)
+        zero = None if self.x_zero is None else without_nan(self.x_zero).to(q.dtype)
+        is_spoiled = windows.has_any(F.pad(is_nan(q).any(1, keepdim=True), list(windows.padding)))
+        q = without_nan(q)
         centred = sums(q, zero)
         wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
         scale = weight.scale.view(1, -1, 1, 1)

@@ -26,7 +26,7 @@ from fuse_pass.gemm.product import product
 from fuse_pass.inductor import private
 from fuse_pass.kernels import few_bits
 from fuse_pass.numerics import rounding as core
-from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of
+from fuse_pass.numerics.tensors import accumulation_dtype, is_nan, quotient, rows_of, without_nan
 from fuse_pass.ops.arguments import Arguments
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
 from fuse_pass.ops.fused_op import FusedOp, register, under_transforms
@@ -121,11 +121,11 @@ class QuantizedDense(FusedOp):
         scale = self.x_scale.reshape(-1, 1)
         zero = None if self.x_zero is None else self.x_zero.reshape(-1, 1)
         q = self.how.integers(x, scale, zero)
-        is_spoiled = q.isnan().any(1, keepdim=True)
-        sums = weight.centred_sums(torch.where(q.isnan(), 0.0, q).to(torch.int8))
+        is_spoiled = is_nan(q).any(1, keepdim=True)
+        sums = weight.centred_sums(without_nan(q).to(torch.int8))
         if zero is not None:
             # The zero point of a spoiled row may be NaN.
-            sums = sums - torch.where(zero.isnan(), 0.0, zero).to(torch.int32) * weight.sums
+            sums = sums - without_nan(zero).to(torch.int32) * weight.sums
         wide = accumulation_dtype(torch.promote_types(x.dtype, weight.scale.dtype))
         # In this order nothing overflows that does not overflow in the result.
         y = torch.where(is_spoiled, math.nan, sums.to(wide) * weight.scale * scale.to(q.dtype))

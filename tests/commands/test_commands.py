@@ -11,7 +11,7 @@ import pytest
 
 import fuse_pass
 from fuse_pass.cli import main
-from fuse_pass.commands import demo
+from fuse_pass.commands import sentence_encoder
 from fuse_pass.commands.sentences import SENTENCES
 from fuse_pass.gemm import measured, probe
 
@@ -129,7 +129,7 @@ def test_demo_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_without_its_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(demo, "_PACKAGE", "gt_absent")
+    monkeypatch.setattr(sentence_encoder, "_PACKAGE", "gt_absent")
     assert main(["demo"]) == 2
     assert "pip install 'fuse_pass[hf]'" in capsys.readouterr().err
 

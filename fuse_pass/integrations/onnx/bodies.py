@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuse_pass.inductor import private
+from fuse_pass.inductor.compiler import STORED_ONCE
 from fuse_pass.integrations.onnx import packed, products, quantize_linear
 from fuse_pass.integrations.onnx.bits import amax, amin, index, right_shift, view_dtype
 from fuse_pass.integrations.onnx.opset import Opset
@@ -40,6 +41,7 @@ Body = Callable[..., Any]
 ours, aten = torch.ops.fuse_pass, torch.ops.aten
 
 _MENDED: dict[private.OpOverload, Body] = {
+    STORED_ONCE: lambda x, strides: x,
     aten.view.dtype: view_dtype,
     aten.index.Tensor: index,
     aten.amax.default: amax,

@@ -81,12 +81,32 @@ def test_quantized_layers(sample: Sample, format: str) -> None:
 
 def test_every_public_layer_is_here() -> None:
     of_other_tests = (
-        "BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", "PackedEmbedding", "PackedLinear",
-        "PackedQuantizedLinear", "QuantizedLayer",
+        "BitLinear", "FusedDenseGELUDense", "FusedDropoutLayerNorm", "Int8Linear", "PackedConv2d", "PackedEmbedding",
+        "PackedGRU", "PackedLSTM", "PackedLinear", "PackedMultiheadAttention", "PackedQuantizedConv2d",
+        "PackedQuantizedLinear", "PackedRNN", "QuantizedLayer",
     )  # fmt: skip
     tested = {LAYER_FOR[sample.type] for sample in SAMPLES} | {getattr(fuse_pass.nn, name) for name in of_other_tests}
     public = [getattr(fuse_pass.nn, name) for name in fuse_pass.nn.__all__]
     assert {layer for layer in public if isinstance(layer, type)} == tested
+
+
+PACKED_PARTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "Conv2d": (nn.Conv2d(8, 12, 3, stride=2, padding=1), (2, 8, 9, 7)),
+    "Conv2d of groups": (nn.Conv2d(8, 12, (3, 2), groups=4, padding="same", bias=False), (2, 8, 9, 7)),
+    "MultiheadAttention": (WithCall(nn.MultiheadAttention(32, 4, batch_first=True), {}), (2, 5, 32)),
+    "LSTM": (nn.LSTM(24, 16, batch_first=True), (2, 3, 24)),
+    "GRU": (nn.GRU(24, 16, bidirectional=True), (3, 2, 24)),
+    "RNN": (nn.RNN(24, 16), (3, 2, 24)),
+}
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4_weight_only"])
+@pytest.mark.parametrize(("layer", "shape"), PACKED_PARTS.values(), ids=PACKED_PARTS)
+def test_packed_layers_of_other_kinds(layer: nn.Module, shape: tuple[int, ...], spec: str) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    packed = fuse_pass.pack(layer, spec).eval()
+    # What lies next to a tie is a step of int8 away.
+    agree(packed, *((x, x, x) if "Multihead" in str(packed) else (x,)), tolerance=2e-2 if spec == "int8" else 1e-5)
 
 
 def block(bias: bool = True) -> nn.Sequential:
