@@ -22,5 +22,6 @@ with tempfile.TemporaryDirectory() as folder:
     (y,) = session.run(None, {"x": x.numpy()})
 
 expected = quantized(x)
-print(f"largest difference from PyTorch: {(torch.from_numpy(y) - expected).abs().max():.2g}")
+difference = (torch.from_numpy(y) - expected).abs().max()
+print(f"int8 in ONNX Runtime: fused by ONNX Runtime itself; within {difference:.0e} of PyTorch's")
 torch.testing.assert_close(torch.from_numpy(y), expected, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,7 @@
 """sentence-transformers, compiled: `encode`, and a step of fine-tuning.
 
-It calls the `forward` of the transformers model inside, not the model, so that compiling that model in place does
-nothing there. What is compiled is `forward` itself.
+It calls the `forward` of the transformers model inside, not the model: `model.compile()` does nothing there. With
+`inplace=True` fuse_pass compiles `forward` itself.
 """
 
 import copy
@@ -19,8 +19,7 @@ from fuse_pass.commands.sentences import SENTENCES
 def compiled(model: SentenceTransformer) -> SentenceTransformer:
     """A copy whose transformers model runs by fuse_pass."""
     model = copy.deepcopy(model)
-    inner = model.transformers_model
-    inner.forward = fuse_pass.compile(inner.forward, dynamic=True)  # this line is all
+    fuse_pass.compile(model.transformers_model, inplace=True, dynamic=True)  # this line is all
     return model
 
 

@@ -26,7 +26,7 @@ model.generation_config.max_new_tokens = 8
 model.generation_config.do_sample = False
 eager = model.generate(prompt)
 
-model.compile(backend="fuse_pass")  # this line is all
+fuse_pass.compile(model, inplace=True)  # this line is all
 with fuse_pass.collect() as report:
     compiled = model.generate(prompt)
 assert torch.equal(compiled, eager)

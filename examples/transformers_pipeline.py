@@ -18,7 +18,7 @@ model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **si
 classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
 eager = classify(list(SENTENCES[:8]))
 
-classify.model.compile(backend="fuse_pass")  # this line is all
+fuse_pass.compile(classify.model, inplace=True)  # this line is all
 with fuse_pass.collect() as report:
     compiled = classify(list(SENTENCES[:8]))
 

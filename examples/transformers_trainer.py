@@ -45,7 +45,7 @@ if __name__ == "__main__":
     for name, prepare in ways.items():
         eager = train(prepare(bert()))
         model = prepare(bert())
-        model.compile(backend="fuse_pass")  # this line is all
+        fuse_pass.compile(model, inplace=True)  # this line is all
         with fuse_pass.collect() as report:
             compiled = train(model)
         difference = max(abs(one - other) for one, other in zip(eager, compiled, strict=True))

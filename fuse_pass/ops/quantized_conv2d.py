@@ -92,16 +92,13 @@ class Windows(Arguments):
         if list(self.kernel) == [1, 1]:
             return x[:, :: self.stride[0], :: self.stride[1]].reshape(-1, channels)
         rows, columns = Windows(self.kernel, self.stride, (0, 0, 0, 0), self.dilation, 1).output_size(height, width)
-        size = (batch, rows, columns, *self.kernel, channels)
         line = width * channels
-        strides = (
-            height * line,
-            self.stride[0] * line,
-            self.stride[1] * channels,
-            self.dilation[0] * line,
-            self.dilation[1] * channels,
-            1,
-        )
+        size = [batch, rows, columns, self.kernel[0]]
+        strides = [height * line, self.stride[0] * line, self.stride[1] * channels, self.dilation[0] * line]
+        if self.dilation[1] == 1:  # a line of the window lies in one piece
+            size, strides = [*size, self.kernel[1] * channels], [*strides, 1]
+        else:
+            size, strides = [*size, self.kernel[1], channels], [*strides, self.dilation[1] * channels, 1]
         return x.as_strided(size, strides).reshape(batch * rows * columns, self.window(channels))
 
     def has_any(self, is_true: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.integration
 # What it cannot do without, and the tool whose version stands on the page.
 EXAMPLES = {
     "export": ("torch", "torch"),
+    "onnx_export": ("onnxruntime", "onnxruntime"),
     "sentence_embeddings": ("sentence_transformers", "sentence-transformers"),
     "transformers_generate": ("transformers", "transformers"),
     "transformers_pipeline": ("transformers", "transformers"),
