@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from tabulate import tabulate
 
+from fuse_pass import report_page
 from fuse_pass.inductor import dynamo
+from fuse_pass.report_groups import Group, grouped
+from fuse_pass.report_page import Found
 
 
 class Reason(StrEnum):
@@ -122,6 +128,11 @@ class Decline:
     source: str
     node: str
 
+    @property
+    def advice(self) -> str:
+        """What can be done about it."""
+        return ADVICE[self.reason]
+
 
 @dataclass(frozen=True)
 class Note:
@@ -159,16 +170,60 @@ class Report:
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def __str__(self) -> str:
-        parts = [self._summary()]
-        if self.matches:
-            parts.append(_table(("pattern", "where", "source", "variant"), self.matches))
-        if self.declines:
-            parts.append(
-                "Not fused:\n" + _table(("pattern", "where", "source", "node", "reason", "detail"), self.declines)
-            )
+        parts = [self.summary()]
+        for title, (headers, rows) in self.tables().items():
+            if rows:
+                table = tabulate(rows, headers=headers)
+                parts.append(f"Not fused:\n{table}" if title == "Not fused" else table)
         return "\n\n".join(parts + [str(note) for note in self.notes])
 
-    def _summary(self) -> str:
+    def tables(self) -> dict[str, tuple[list[str], list[list[str]]]]:
+        """Headers and rows of what was fused and what was not; layers that repeat share a row."""
+        matches = [(match.where, (match.pattern, match.source, match.variant), ()) for match in self.matches]
+        declines = [
+            (decline.where, (decline.pattern, decline.source, str(decline.reason)), (decline.detail, decline.node))
+            for decline in self.declines
+        ]
+        return {
+            "Fused": _rows(("pattern", "source", "variant"), grouped(matches)),
+            "Not fused": _rows(("pattern", "source", "node", "reason", "detail"), grouped(declines), (0, 1, 4, 2, 3)),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, as JSON can hold it; each decline with its advice."""
+        return {
+            "graphs": self.graphs,
+            "matches": [asdict(match) for match in self.matches],
+            "declines": [{**asdict(decline), "advice": decline.advice} for decline in self.declines],
+            "notes": [{**asdict(note), "advice": ADVICE[note.reason]} for note in self.notes],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report: `.html`, a page that needs nothing else, or `.json`, what `to_dict` gives.
+
+        Raises:
+            ValueError: another ending.
+        """
+        ending = os.path.splitext(path)[1]
+        if ending not in (".html", ".json"):
+            raise ValueError(f"Report.save: expected a file ending in .html or .json, got {os.fspath(path)!r}")
+        text = self._page() if ending == ".html" else json.dumps(self.to_dict(), indent=1)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def _page(self) -> str:
+        found = [Found(match.where, True, match.pattern, (match.variant, match.source)) for match in self.matches]
+        for decline in self.declines:
+            details = (str(decline.reason), decline.detail, decline.advice, decline.source)
+            found.append(Found(decline.where, False, decline.pattern, details))
+        return report_page.page(self.summary(), list(map(str, self.notes)), self.tables(), found)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return report_page.fragment(self.summary(), list(map(str, self.notes)), self.tables())
+
+    def summary(self) -> str:
+        """The numbers in a sentence."""
         if self.graphs == 0:
             if self.notes:
                 return "No graph reached fuse_pass."
@@ -180,8 +235,18 @@ class Report:
         return f"Fused {fused} in {self.graphs} graph{'' if self.graphs == 1 else 's'}; declined {len(self.declines)}."
 
 
-def _table(columns: tuple[str, ...], rows: list[Match] | list[Decline]) -> str:
-    return tabulate([[str(getattr(row, column)) for column in columns] for row in rows], headers=columns)
+def _rows(
+    columns: tuple[str, ...], groups: list[Group], order: tuple[int, ...] = (0, 1, 2)
+) -> tuple[list[str], list[list[str]]]:
+    """With the path second, and how often where any row stands for several; `order` is that of the cells."""
+    are_several = any(group.times > 1 for group in groups)
+    pattern, *others = columns
+    headers = [pattern, "where", *(["times"] if are_several else []), *others]
+    rows: list[list[str]] = []
+    for group in groups:
+        first, *rest = (group.cells[place] for place in order)
+        rows.append([first, group.where, *([str(group.times)] if are_several else []), *rest])
+    return headers, rows
 
 
 _COLLECTORS: ContextVar[tuple[Report, ...]] = ContextVar("fuse_pass_collectors", default=())

@@ -15,6 +15,8 @@ PACKAGE = Path(fuse_pass.__file__).parent
 # From the ground up: a room imports from those above it in this list.
 ROOMS = (
     "inductor",  # private parts of PyTorch
+    "report_groups",  # rows of layers that repeat
+    "report_page",
     "report",  # what was fused and why not
     "numerics",  # exact arithmetic on tensors
     "graph",  # reading and writing Dynamo graphs
