@@ -34,6 +34,16 @@ constexpr long COLUMNS = 16;
 inline long min_tile_rows(long bits) { return bits == 8 ? 8 : 16; }
 #endif
 
+// With few rows the weights are read once, from memory; the processor fetches ahead in pages, of which a tile has a few.
+// One row, weights that are in no cache: 8 bits 0.58 -> 0.53 ms, floats of 4 bits 0.67 -> 0.55 (768 x 3072 x 768, Xeon).
+template <int TILES>
+inline void prefetch(const uint32_t* words, long word_count, long w) {
+    constexpr long AHEAD = 16;
+    // After the last word of these tiles come those of the next.
+    const long at = w + AHEAD < word_count ? w + AHEAD : w + AHEAD + (TILES - 1) * word_count;
+    UNROLL for (int t = 0; t < TILES; ++t) __builtin_prefetch(words + (t * word_count + at) * COLUMNS);
+}
+
 // --- integer products: unsigned codes times int8, summed in int32 ---
 
 #if LEVEL >= 2
@@ -188,6 +198,7 @@ void block(const int8_t* a, long stride, const uint32_t* words, long word_count,
     for (long w = 0; w < word_count; ++w) {
         Codes loaded[TILES];
         UNROLL for (int t = 0; t < TILES; ++t) loaded[t] = load(words + (t * word_count + w) * COLUMNS);
+        if constexpr (ROWS <= 2) prefetch<TILES>(words, word_count, w);
         UNROLL for (int j = 0; j < 8 / BITS; ++j) {
             const int8_t* four = a + w * (32 / BITS) + 4 * j;
             Codes now[TILES];
@@ -423,6 +434,7 @@ void float_block(const float* x, long stride, const uint32_t* words, long word_c
             Words loaded[PARTS];
             UNROLL for (int p = 0; p < PARTS; ++p) loaded[p] =
                 read_words(words + (p / PER_TILE * word_count + w) * COLUMNS + p % PER_TILE * LANES);
+            if constexpr (ROWS == 1) prefetch<PARTS / PER_TILE>(words, word_count, w);
             UNROLL for (int i = 0; i < 32 / BITS; ++i) {
                 const int bit = 8 * (i % 4) + BITS * (i / 4);
                 const float* from = x + w * (32 / BITS) + i;
