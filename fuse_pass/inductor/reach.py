@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
+
 
 class Reach(enum.IntEnum):
     """Where a graph runs that calls something."""
@@ -22,6 +24,8 @@ _asked: ContextVar[Reach] = ContextVar("reach", default=Reach.HERE)
 
 def reach() -> Reach:
     """The least reach of what may be called now."""
+    if torch.compiler.is_dynamo_compiling():  # which cannot read a context variable, and whose graphs run here
+        return Reach.HERE
     asked = _asked.get()
     return Reach.PACKAGE if asked is Reach.HERE and _is_packaging() else asked
 

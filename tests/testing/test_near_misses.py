@@ -20,6 +20,7 @@ OF_LAYERS = {Reason.OVERLAP, Reason.NO_QUANTIZED_LAYER, Reason.EXCLUDED, Reason.
 # Of a whole graph, or of code that never was one: reports note these.
 OF_COMPILATION = {
     Reason.SPLIT, Reason.OTHER_BACKEND, Reason.SWITCHED_OFF, Reason.RECOMPILE_LIMIT, Reason.REUSED, Reason.GRAPH_BREAK,
+    Reason.NOT_COMPILED, Reason.NOT_CAPTURED,
 }  # fmt: skip
 PRODUCED_BY: dict[Reason, Callable[[Builder], Any]] = {
     Reason.SECOND_READER: near_misses.interior_read_again,
