@@ -17,11 +17,11 @@ import fuse_pass.ops  # noqa: F401 - registers the ops that the patterns insert
 from fuse_pass.gemm.problem import GemmProblem
 from fuse_pass.gemm.product import pays
 from fuse_pass.graph import noted
+from fuse_pass.graph.bodies import graphs_of, input_kept_for_backward
 from fuse_pass.graph.canonical import Operations
 from fuse_pass.graph.edit import collector_paused, copy_graph_module, hoist_scalars, require_same_outputs
 from fuse_pass.graph.identities import forget_identities
 from fuse_pass.graph.shapes import value_of
-from fuse_pass.graph.view import GraphView
 from fuse_pass.inductor import compat, compiler, input_checks, precompile, private
 from fuse_pass.inductor.dynamo import is_piece_for_ddp
 from fuse_pass.joint.cache_key import OnThisProcessor, cache_key, require_key
@@ -41,10 +41,6 @@ from fuse_pass.report import Decline, Note, Reason, Report, publish
 NAME = "fuse_pass"  # for Dynamo, which `fuse_pass/__init__.py` tells of it before this file is loaded
 
 _PATTERNS_BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
-
-# Higher-order ops whose bodies are ordinary graphs, and in which a seed is drawn once and kept for backward.
-_CHECKPOINT = "tag_activation_checkpoint"
-_OPEN_BODIES = (_CHECKPOINT, "invoke_subgraph", "wrap")
 
 
 class FuseBackend:
@@ -141,8 +137,7 @@ class FuseBackend:
                     raise
                 report = _not_compiled(error)
                 compiled = configured._inductor(gm, gm, mode, inductor_options)(gm, example_inputs)
-            finally:
-                publish(report)
+        publish(report)  # only now: Dynamo may start again from within, and calls the backend once more
         return compiled if chosen.quantize is None else counted(compiled, has_break=bool(breaks))
 
     def _inductor(self, graph: GraphModule, original: GraphModule, mode: str | None, options: Mapping[str, Any]) -> Any:
@@ -205,11 +200,11 @@ class FuseBackend:
         step = "copying the graph"
         try:
             fused = copy_graph_module(gm)
-            graphs = list(_graphs(fused))
+            graphs = list(graphs_of(fused))
             for graph, _, _ in graphs:
                 hoist_scalars(graph)
                 forget_identities(graph)
-            kept_input = _input_kept_for_backward(fused)
+            kept_input = input_kept_for_backward(fused)
             for name, run in self._passes():
                 step = f"pattern {name}"
                 for graph, body_of, autocast in graphs:
@@ -367,63 +362,6 @@ def _settings_for_gpu(module: GraphModule, options: Mapping[str, Any]) -> dict[s
 
 def _shown(value: Any) -> str:
     return str(value) if isinstance(value, QuantSpec) else repr(value)
-
-
-_Autocast = tuple[tuple[Any, ...], ...]
-
-
-def _graphs(module: GraphModule) -> Iterator[tuple[Graph, str | None, _Autocast]]:
-    """Every graph of a module, the bodies of higher-order ops first, with what `Situation` tells about a body."""
-    yield from _bodies(module, None, ())
-    yield module.graph, None, ()
-
-
-def _input_kept_for_backward(module: GraphModule) -> str:
-    """The name of an input that PyTorch may keep for backward though the graph writes to it; empty if there is none.
-
-    With a memory budget below 1 its partitioner computes checkpoints again from their inputs, and does not see whether
-    these are written to before: backward then raises (torch 2.13; without us at a budget of 0, and with values
-    of ours that must be kept at any). So nothing is fused there.
-    """
-    has_checkpoints = any(str(node.target) == _CHECKPOINT for node in module.graph.nodes)
-    if not has_checkpoints or compat.memory_budget() >= 1:
-        return ""
-    view = GraphView(module.graph)
-    for node in module.graph.find_nodes(op="placeholder"):
-        value = value_of(node)
-        writes = [] if value is None else view.writes_to(value)
-        # Of the body of a higher-order op nothing is known: it is taken to write everywhere.
-        if any(not isinstance(write.target, private.HigherOrderOperator) for write in writes):
-            return str(node.name)
-    return ""
-
-
-def _chooses_what_to_keep(body: Any) -> bool:
-    """Whether it is that of a selective checkpoint, whose policy asks op by op and does not know ours."""
-    return isinstance(body, GraphModule) and private.has_policy(body)
-
-
-def _bodies(
-    module: GraphModule, blocked_by: str | None, autocast: _Autocast
-) -> Iterator[tuple[Graph, str | None, _Autocast]]:
-    view = GraphView(module.graph, autocast)
-    callers: dict[str, str | None] = {}
-    surroundings: dict[str, _Autocast] = {}
-    for node in module.graph.nodes:
-        if isinstance(node.target, private.HigherOrderOperator):
-            name = node.target.name()
-            regions = tuple(view.autocast_stack(node))
-            for argument in node.all_input_nodes:
-                if argument.op == "get_attr":
-                    body = str(argument.target)
-                    same = surroundings.setdefault(body, regions) == regions
-                    is_open = name in _OPEN_BODIES and not _chooses_what_to_keep(getattr(module, body, None))
-                    callers[body] = callers.get(body) or (None if is_open and same else name)
-    for name, child in module.named_children():
-        if isinstance(child, GraphModule):
-            reason, regions = blocked_by or callers.get(name), surroundings.get(name, autocast)
-            yield from _bodies(child, reason, regions)
-            yield child.graph, reason, regions
 
 
 compiler.call_context_of_backends()

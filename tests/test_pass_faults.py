@@ -287,15 +287,15 @@ def refuse_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.graph.GraphLowering, "codegen", codegen)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("training", "dynamic"), [(False, None), (True, None), (True, True)])
 def test_a_failure_of_inductor_is_told_and_leaves_the_graph_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, training: bool
+    monkeypatch: pytest.MonkeyPatch, training: bool, dynamic: bool | None
 ) -> None:
     refuse_rewritten(monkeypatch)
     model, x = Block(), torch.randn(5, 6)
     with torch._inductor.utils.fresh_inductor_cache(), torch.set_grad_enabled(training):
         with fuse_pass.collect() as report, pytest.warns(RuntimeWarning, match=r"cannot compile.*KeyError: 'buf7'"):
-            y = torch.compile(model, backend=FuseBackend())(x)
+            y = torch.compile(model, backend=FuseBackend(), dynamic=dynamic)(x)
         torch.testing.assert_close(y, model(x))
         assert (report.matches, report.graphs) == ([], 1)
         assert [note.reason for note in report.notes] == [Reason.NOT_COMPILED]

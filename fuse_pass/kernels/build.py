@@ -45,21 +45,33 @@ def library() -> ctypes.CDLL | None:
 
 
 def load() -> ctypes.CDLL | None:
-    """Compiles the kernels for `level()` if that was not done before, and loads them."""
+    """Compiles the kernels for `level()` if that was not done before, and loads them.
+
+    A compiler that does not know the newest instructions compiles those of a lower level.
+    """
     compiler = cpp_compiler()
     if compiler is None:
         _say_without("no C++ compiler was found (Inductor looks for one in the same way: set CXX)")
         return None
-    flags = [*_FLAGS, f"-DLEVEL={level()}", *(_flag(name) for name in _LEVELS[level()])]
-    path = _path(compiler, flags)
-    if not path.exists():
-        try:
-            _compile([compiler, *flags, str(_SOURCE)], path)
-        except (OSError, subprocess.SubprocessError) as error:
-            output = getattr(error, "stderr", None) or str(error)
-            _say_without(f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else error}")
-            return None
-    return _declared(ctypes.CDLL(str(path)))
+    problem = ""
+    for one in range(level(), -1, -1):
+        flags = [*_FLAGS, f"-DLEVEL={one}", *(_flag(name) for name in _LEVELS[one])]
+        path = _path(compiler, flags)
+        problem = "" if path.exists() else _problem_of_compiling(compiler, flags, path)
+        if not problem:
+            return _declared(ctypes.CDLL(str(path)))
+    _say_without(problem)
+    return None
+
+
+def _problem_of_compiling(compiler: str, flags: list[str], path: Path) -> str:
+    """Why it failed; empty where it did not."""
+    try:
+        _compile([compiler, *flags, str(_SOURCE)], path)
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return f"{compiler} failed: {output.strip().splitlines()[-1] if output.strip() else error}"
+    return ""
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -30,7 +30,8 @@ def without_nan(x: Tensor) -> Tensor:
 
 
 def is_nan(x: Tensor) -> Tensor:
-    """As `x.isnan()`, which Inductor writes as a loop over single elements (16 rows of 3072: 59 against 25 us)."""
+    """As `x.isnan()`, which Inductor writes as a loop over single elements (16 x 3072: a call of 66 us
+    instead of 40, of which 30 are no arithmetic; Intel Xeon, AVX-512)."""
     return x != x
 
 

@@ -106,6 +106,16 @@ class ProductOp(FusedOp):
 
 
 @dataclass(frozen=True)
+class WideInputOp(FusedOp):
+    """An op whose arguments stay as they are under autocast, as it rounds them itself; its result is in that dtype."""
+
+    autocast: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
+        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
 class Gradients(Arguments):
     """What was kept for backward, with the gradients that follow from it.
 

@@ -33,8 +33,8 @@ from fuse_pass.gemm.product import product
 from fuse_pass.inductor import private
 from fuse_pass.numerics.activations import ACTIVATIONS
 from fuse_pass.numerics.tensors import accumulation_dtype, quotient, rows_of, without_nan
-from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import call, cast_for_autocast
+from fuse_pass.ops.fused_op import Gradients, WideInputOp, register, under_transforms
+from fuse_pass.ops.library import call
 from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.products import int8_product
 
@@ -125,10 +125,9 @@ def _activate(h: Tensor, activation: str | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LlmInt8Linear(FusedOp):
-    """x stays wide under autocast, for float16 cannot hold an activation above 65504; the result is in its dtype."""
+class LlmInt8Linear(WideInputOp):
+    """x stays wide under autocast, for float16 cannot hold an activation above 65504."""
 
-    autocast = ("cpu", "cuda")
     exact_quotients = True
 
     x: Tensor
@@ -137,9 +136,6 @@ class LlmInt8Linear(FusedOp):
     bias: Tensor | None
     threshold: float
     activation: str | None
-
-    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
-        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
         a = _activate(rows_of(self.x), self.activation)

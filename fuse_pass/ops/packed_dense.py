@@ -28,8 +28,8 @@ from fuse_pass.kernels import few_bits
 from fuse_pass.numerics.bit_codes import VARIANTS, activation_codes
 from fuse_pass.numerics.tensors import accumulation_dtype, rows_of
 from fuse_pass.ops.arguments import Arguments
-from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import call, cast_for_autocast, define
+from fuse_pass.ops.fused_op import Gradients, WideInputOp, register, under_transforms
+from fuse_pass.ops.library import call, define
 from fuse_pass.ops.llm_int8 import quantize_rows
 from fuse_pass.ops.plain import are_transformed
 
@@ -160,18 +160,11 @@ class PackedWeight(Arguments):
 
 
 @dataclass(frozen=True)
-class PackedDense(FusedOp):
-    """x stays wide under autocast; the result is in autocast's dtype."""
-
-    autocast = ("cpu", "cuda")
-
+class PackedDense(WideInputOp):
     x: Tensor
     weight: PackedWeight
     bias: Tensor | None
     threshold: float
-
-    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
-        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
         x, weight = rows_of(self.x), self.weight

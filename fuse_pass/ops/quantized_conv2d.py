@@ -27,8 +27,7 @@ from torch import Tensor
 
 from fuse_pass.numerics.tensors import accumulation_dtype, is_nan, without_nan
 from fuse_pass.ops.arguments import Arguments
-from fuse_pass.ops.fused_op import FusedOp, Gradients, register, under_transforms
-from fuse_pass.ops.library import cast_for_autocast
+from fuse_pass.ops.fused_op import Gradients, WideInputOp, register, under_transforms
 from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.quantized_dense import InputRounding, IntegerWeight
 
@@ -77,13 +76,13 @@ class Windows(Arguments):
         """`[K, kh · kw · C / groups] → [K, C / groups, kh, kw]`."""
         return rows.view(rows.shape[0], *self.kernel, rows.shape[1] // self.window(1)).permute(0, 3, 1, 2)
 
-    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.conv2d` of an x that is padded."""
-        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
-
     def rows_of_weight(self, weight: Tensor) -> Tensor:
         """The other way."""
         return weight.permute(0, 2, 3, 1).flatten(1)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.conv2d` of an x that is padded."""
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def as_rows(self, x: Tensor) -> Tensor:
         """`[N, C, H, W]`, padded, `→ [N · Ho · Wo, kh · kw · C]`."""
@@ -108,10 +107,7 @@ class Windows(Arguments):
 
 
 @dataclass(frozen=True)
-class QuantizedConv2d(FusedOp):
-    """x stays wide under autocast; the result is in autocast's dtype."""
-
-    autocast = ("cpu", "cuda")
+class QuantizedConv2d(WideInputOp):
     exact_quotients = True
 
     x: Tensor
@@ -121,9 +117,6 @@ class QuantizedConv2d(FusedOp):
     bias: Tensor | None
     how: InputRounding
     windows: Windows
-
-    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
-        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
         return self.by(self.float_sums if self.windows.groups > 1 else self.integer_sums)

@@ -29,8 +29,8 @@ from fuse_pass.numerics import rounding as core
 from fuse_pass.numerics.tensors import accumulation_dtype, is_nan, quotient, rows_of, without_nan
 from fuse_pass.ops.arguments import Arguments
 from fuse_pass.ops.fake_quantize_int import round_to_multiples
-from fuse_pass.ops.fused_op import FusedOp, register, under_transforms
-from fuse_pass.ops.library import call, cast_for_autocast
+from fuse_pass.ops.fused_op import WideInputOp, register, under_transforms
+from fuse_pass.ops.library import call
 from fuse_pass.ops.packed_dense import StraightThroughGradients, integer_product
 from fuse_pass.ops.plain import are_transformed
 from fuse_pass.ops.straight_through import clip_gradient
@@ -100,10 +100,7 @@ class InputRounding:
 
 
 @dataclass(frozen=True)
-class QuantizedDense(FusedOp):
-    """x stays wide under autocast; the result is in autocast's dtype."""
-
-    autocast = ("cpu", "cuda")
+class QuantizedDense(WideInputOp):
     exact_quotients = True
 
     x: Tensor
@@ -112,9 +109,6 @@ class QuantizedDense(FusedOp):
     weight: IntegerWeight
     bias: Tensor | None
     how: InputRounding
-
-    def cast_result(self, y: Tensor, device_type: str) -> Tensor:
-        return cast_for_autocast(y, device_type)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
         x, weight = rows_of(self.x), self.weight

@@ -204,7 +204,10 @@ def _of_quantized_layer(module: QuantizedLayer) -> tuple[nn.Module, _Decline | N
 def _problem_of_tensors(module: nn.Module) -> str:
     if "forward" in vars(module):
         return "its forward was replaced"
-    return "" if _has_weights_of_its_own(module) else "its weight is computed (pruned)"
+    if not _has_weights_of_its_own(module):
+        return "its weight is computed (pruned)"
+    has_hooks_inside = isinstance(module, nn.MultiheadAttention) and private.has_hooks(module.out_proj)
+    return "its out_proj has hooks, which would be lost" if has_hooks_inside else ""
 
 
 def _has_weights_of_its_own(module: nn.Module) -> bool:
@@ -216,8 +219,7 @@ def _has_weights_of_its_own(module: nn.Module) -> bool:
         return names.issuperset(names_of_weights(module))
     if isinstance(module, nn.MultiheadAttention):
         needed = {"in_proj_weight"} if module.kdim == module.vdim == module.embed_dim else _PROJECTION_WEIGHTS
-        out = module.out_proj
-        return needed <= names and "weight" in private.parameters_of(out) and not private.has_hooks(out)
+        return needed <= names and "weight" in private.parameters_of(module.out_proj)
     return "weight" in names
 
 

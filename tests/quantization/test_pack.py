@@ -281,6 +281,20 @@ def test_compiled_dynamically(name: str) -> None:
             torch.testing.assert_close(compiled(x), packed(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["inductor", "fuse_pass"])
+@pytest.mark.parametrize("name", ["int8", "b1.58"])
+def test_compiled_gradients(name: str, backend: str) -> None:
+    """What a graph stores once for the products is an input of the graph here, and must not be kept as a result."""
+    packed = pack(linear(64, 32), name)
+    x, again = (torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    torch.compiler.reset()
+    torch.compile(packed, backend=backend)(x).square().sum().backward()
+    packed.bias.grad, of_bias = None, packed.bias.grad
+    packed(again).square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_bias, packed.bias.grad, rtol=1e-4, atol=1e-4)
+
+
 @every_spec
 def test_the_op_passes_opcheck(spec: PackSpec) -> None:
     packed = packed_of(linear(), spec)

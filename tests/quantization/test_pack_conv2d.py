@@ -291,6 +291,14 @@ def test_wrong_inputs(x: Tensor, message: str) -> None:
             pack(conv(kernel_size=3), name)(x)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_images_smaller_than_the_window_are_refused(name: str, groups: int) -> None:
+    for layer in (conv(kernel_size=5, groups=groups), pack(conv(kernel_size=5, groups=groups), name)):
+        with pytest.raises(RuntimeError, match=r"[Kk]ernel size|too small"):
+            layer(images(1, 8, 3, 9))
+
+
 @pytest.mark.parametrize(
     ("spec", "detail"),
     [

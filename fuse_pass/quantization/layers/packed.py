@@ -1,4 +1,4 @@
-"""A Linear that holds its weight in few bits, for inference; made by `fuse_pass.pack`."""
+"""Layers that hold their weights in few bits, for inference: what all have in common, and the Linear."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def flat(value: Any) -> list[Tensor]:
     return [tensor for part in value if part is not None for tensor in flat(part)]
 
 
-def agree(model: nn.Module, *args: Tensor, tolerance: float = 1e-5) -> Exported:
+def assert_agrees(model: nn.Module, *args: Tensor, tolerance: float = 1e-5) -> Exported:
     exported = Exported(model, *args)
     expected, actual = flat(model(*args)), flat(exported(*args))
     for a, b in zip(actual, expected, strict=True):
@@ -73,10 +73,10 @@ def test_quantized_layers(sample: Sample, format: str) -> None:
     reason = NOT_EXPORTED.get(sample.id)
     if reason is not None:
         with pytest.raises(torch.onnx.OnnxExporterError, match=reason):
-            agree(model, *args)
+            assert_agrees(model, *args)
         return
     # A sum that ends next to a tie is a step of the format away.
-    agree(model, *args, tolerance=1e-5 if format == "int8" else 0.13)
+    assert_agrees(model, *args, tolerance=1e-5 if format == "int8" else 0.13)
 
 
 def test_every_public_layer_is_here() -> None:
@@ -105,8 +105,8 @@ PACKED_PARTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def test_packed_layers_of_other_kinds(layer: nn.Module, shape: tuple[int, ...], spec: str) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed = fuse_pass.pack(layer, spec).eval()
-    # What lies next to a tie is a step of int8 away.
-    agree(packed, *((x, x, x) if "Multihead" in str(packed) else (x,)), tolerance=2e-2 if spec == "int8" else 1e-5)
+    operands = (x, x, x) if "Multihead" in str(packed) else (x,)
+    assert_agrees(packed, *operands, tolerance=2e-2 if spec == "int8" else 1e-5)  # next to a tie: a step of int8
 
 
 def block(bias: bool = True) -> nn.Sequential:
@@ -116,7 +116,7 @@ def block(bias: bool = True) -> nn.Sequential:
 @pytest.mark.parametrize("spec", [*SPECS, PackSpec("int4_weight_only", group=32, symmetric=False)], ids=str)
 def test_packed(spec: Any) -> None:
     model, x = fuse_pass.pack(block(), spec), torch.randn(7, 64)
-    exported = agree(model, x, tolerance=2e-6)
+    exported = assert_agrees(model, x, tolerance=2e-6)
     spec = spec if isinstance(spec, PackSpec) else PackSpec(spec)
     if spec.kind == "weight_only" and spec.table in ("", "int4"):
         assert exported.nodes["MatMulNBits"] == 2
@@ -150,7 +150,7 @@ def test_packed_converted(input: str | None, weight: str) -> None:
     fuse_pass.calibrate(model, [x])
     packed = fuse_pass.pack(copy.deepcopy(model))
     assert any(isinstance(module, fuse_pass.nn.PackedQuantizedLinear) for module in packed.modules())
-    agree(packed, x, tolerance=2e-6)
+    assert_agrees(packed, x, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("size", [16, 24])
@@ -160,14 +160,14 @@ def test_packed_groups_of_any_size(size: int) -> None:
     model = fuse_pass.convert(nn.Linear(48, 20).eval(), fuse_pass.QuantSpec(weight=groups))
     packed = fuse_pass.pack(model)
     assert isinstance(packed, fuse_pass.nn.PackedQuantizedLinear)
-    exported = agree(packed, torch.randn(5, 48), tolerance=2e-6)
+    exported = assert_agrees(packed, torch.randn(5, 48), tolerance=2e-6)
     assert bool(exported.nodes["MatMulNBits"]) is (size == 16)
 
 
 @pytest.mark.parametrize("spec", ["int4_weight_only", "int8_weight_only", "nf4"])
 def test_packed_embeddings(spec: str) -> None:
     model = fuse_pass.pack(nn.Sequential(nn.Embedding(300, 64)), spec).eval()
-    exported = agree(model, torch.randint(0, 300, (3, 5)), tolerance=0)
+    exported = assert_agrees(model, torch.randint(0, 300, (3, 5)), tolerance=0)
     assert exported.size < 300 * 64 * PackSpec(spec).bits // 8 + 300 * 4 + 1000
 
 
@@ -175,15 +175,15 @@ def test_packed_embeddings(spec: str) -> None:
 @pytest.mark.parametrize("variant", ["b1", "b1.58"])
 def test_bit_linear(variant: str, packed: bool) -> None:
     layer = fuse_pass.BitLinear(64, 32, groups=2, variant=variant).eval()
-    agree(layer.pack() if packed else layer, torch.randn(3, 5, 64), tolerance=2e-6)
+    assert_agrees(layer.pack() if packed else layer, torch.randn(3, 5, 64), tolerance=2e-6)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_llm_int8(threshold: float) -> None:
     layer = fuse_pass.FusedDenseGELUDense(64, 96, has_fp16_weights=True, threshold=threshold).eval()
     x = torch.randn(6, 64)
-    agree(layer, x, tolerance=2e-6)
-    agree(layer.quantize_(), x, tolerance=2e-6)
+    assert_agrees(layer, x, tolerance=2e-6)
+    assert_agrees(layer.quantize_(), x, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -191,9 +191,9 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype is torch.float64 else 4e-3
     x = torch.randn(3, 64, dtype=dtype)
     relu = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40)).eval()  # ONNX Runtime has no erf of float64
-    agree(fuse_pass.FusedDropoutLayerNorm(64).eval().to(dtype), x, tolerance=tolerance)
-    agree(fuse_pass.convert(copy.deepcopy(relu), "int8").to(dtype), x, tolerance=tolerance)
-    agree(fuse_pass.pack(relu, "int4_weight_only").to(dtype), x, tolerance=tolerance)
+    assert_agrees(fuse_pass.FusedDropoutLayerNorm(64).eval().to(dtype), x, tolerance=tolerance)
+    assert_agrees(fuse_pass.convert(copy.deepcopy(relu), "int8").to(dtype), x, tolerance=tolerance)
+    assert_agrees(fuse_pass.pack(relu, "int4_weight_only").to(dtype), x, tolerance=tolerance)
 
 
 def test_bfloat16_becomes_a_model_of_that_type() -> None:
